@@ -1,0 +1,910 @@
+"""Tests of vader.py and rewards.py, in the order of the code: python -m pytest -q
+
+Where a reference exists (diffusers' schedulers and pipeline, plain autograd, the official processor), the
+test is a comparison. They run on a small random model in ModelScope's layout, and on the repo's tiny model.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
+from peft import PeftModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+
+import rewards
+import vader
+from vader import BadInput, Config
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "tiny"))
+TINY = HERE / "tiny" / "t2v"
+NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
+PROMPTS = ["a red kite rising over the sea", "a moon"]
+README = (HERE / "README.md").read_text(encoding="utf-8")
+
+
+def build_modelscope(folder: Path):
+    """A checkpoint with the folders, classes, config keys and scheduler of ModelScope, narrow and random."""
+    torch.manual_seed(0)
+    unet = UNet3DConditionModel(
+        sample_size=4,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    for name, p in unet.named_parameters():  # diffusers zeroes these, so frames would not speak to each other
+        if "conv4.3.weight" in name:
+            torch.nn.init.normal_(p, std=0.1)
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    vae = AutoencoderKL(**blocks, block_out_channels=(8, 16, 16, 32), layers_per_block=1, norm_num_groups=4)
+    vae.register_to_config(scaling_factor=0.18215)
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = CLIPTextConfig(**text, **ids, vocab_size=len(tokenizer), max_position_embeddings=32)
+    betas = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="epsilon")
+    scheduler = DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    parts = dict(unet=unet, vae=vae, tokenizer=tokenizer, scheduler=scheduler)
+    TextToVideoSDPipeline(text_encoder=CLIPTextModel(config), **parts).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "small"
+    build_modelscope(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def prompts_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("\n".join((HERE / "prompts.txt").read_text().splitlines()[:12]))
+    return str(path)
+
+
+@pytest.fixture
+def settings(small, prompts_file, tmp_path):
+    """A Config of a small quick run, not square, with B != F != N."""
+    size = dict(num_frames=5, height=32, width=48, num_inference_steps=4, guidance_scale=3.0, batch_size=2)
+    run = dict(steps=2, eval_videos=2, grad_accum=1, lr=1e-2, lora_rank=4, out=str(tmp_path / "run"))
+    return Config(model=small, prompts=prompts_file, reward="colorful", **size, **run)
+
+
+def load(cfg, randomise=True):
+    """A vader.Run and its parts; the LoRA away from its zero start."""
+    cfg, source, family = vader.resolve(cfg)
+    run = vader.load_run(cfg, source, family, PROMPTS)
+    model = run.model
+    torch.manual_seed(1)
+    for name, p in vader.lora_parameters(model).items() if randomise else ():
+        p.data.normal_(std=0.3 if "lora_B" in name else 0.2)
+    return run, cfg, model, run.schedule, run.conds, run.terms
+
+
+def batch(cfg, model, conds, seed=0):
+    noise = torch.randn(2, *model.latent_shape(cfg), generator=torch.Generator().manual_seed(seed))
+    return PROMPTS, noise, vader.collate(conds, PROMPTS), vader.collate(conds, ["", ""])
+
+
+def clip_reward(frames, prompts):
+    """Depends on the order of frames and treats each differently."""
+    weight = torch.linspace(-1, 2, frames.shape[1])[None, :, None, None, None]
+    return (frames.diff(dim=1) ** 2).mean((1, 2, 3, 4)) * 40 + (weight * frames).mean((1, 2, 3, 4))
+
+
+clip_reward.frames = 5
+
+
+# ---- 1. Config ---------------------------------------------------------------------------------------------
+
+
+def test_requirements_agree_with_the_script_header():
+    header = re.findall(r'^#     "(.*)",$', (HERE / "vader.py").read_text(), flags=re.M)
+    assert header == (HERE / "requirements.txt").read_text().split()
+    assert len(header) >= 8
+
+
+def test_every_command_in_the_readme_parses():
+    commands = re.findall(r"vader\.py ((?:--|\\\n).*?)(?:#|`|\n|$)", README)
+    assert len(commands) >= 5
+    for command in commands:
+        vader.parse_args(shlex.split(command))
+
+
+def test_importing_has_no_effect():
+    code = "import sys; sys.argv = ['x', '--nonsense']; import vader; print('quiet')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
+    assert done.stdout == "quiet\n"
+
+
+def bad_inputs(folder: Path):
+    (folder / "empty.txt").write_text("\n# nothing\n")
+    (folder / "binary.txt").write_bytes(b"\xff\xfe\x00\x80prompts")
+    (folder / "folder").mkdir()
+    (folder / "other").mkdir()
+    (folder / "other" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    return {
+        "prompts missing": ([f"--prompts={folder}/none.txt"], "no prompt file"),
+        "prompts empty": ([f"--prompts={folder}/empty.txt"], "holds no prompts"),
+        "prompts not text": ([f"--prompts={folder}/binary.txt"], "not a text file"),
+        "flag": (["--guidence_scale", "3"], "'--guidance_scale'"),
+        "reward": (["--reward", "asthetic"], "'aesthetic'"),
+        "reward in a sum": (["--reward", "colorful + 0.5*estetic"], "'aesthetic'"),
+        "sum": (["--reward", "colorful + "], "can't read"),
+        "model": (["--model", "modelscop"], "'modelscope'"),
+        "choice": (["--mode", "trane"], "'train'"),
+        "range": (["--lr", "-1"], "--lr"),
+        "nan": (["--lr", "nan"], "--lr"),
+        "not a number": (["--steps", "many"], "--steps"),
+        "K > T": (["--backprop_steps", "11"], "only 10 denoising steps"),
+        "frames": (["--decode_frames", "9"], "only 8 frames"),
+        "size": (["--height", "60"], "multiples of 8"),
+        "no pipeline": (["--model", f"{folder}/folder"], "not a diffusers pipeline"),
+        "other pipeline": (["--model", f"{folder}/other"], "FluxPipeline"),
+        "no lora": (["--mode", "sample"], "needs --lora"),
+        "lora missing": (["--lora", f"{folder}/folder"], "no adapter_config.json"),
+        "resume nothing": (["--resume", "--out", f"{folder}/new"], "nothing to resume"),
+        "out in use": (["--out", str(folder)], "not empty"),
+        "unreachable": (["--model", "someone/something"], "--model tiny"),
+    }
+
+
+def test_bad_input_is_one_line_before_a_model_loads(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(vader, "load_run", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    cases = bad_inputs(tmp_path)
+    for name, (flags, expected) in cases.items():
+        common = ["--model", "tiny", "--prompts", str(HERE / "prompts.txt"), "--out", str(tmp_path / "run")]
+        assert vader.main([*common, *flags]) == 2, name
+        error = capsys.readouterr().err
+        assert expected in error and error.count("\n") == 1 and error.startswith("vader.py: error: "), (
+            name,
+            error,
+        )
+    assert not (tmp_path / "run").exists() and not (tmp_path / "new").exists()
+
+
+def test_auto_takes_tiny_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    cfg, source, _ = vader.resolve(Config())
+    assert cfg.model == "tiny" and cfg.dtype == "fp32" and Path(source) == TINY
+    assert cfg.out == "runs/aesthetic-tiny" and vader.field_type("lr")[2] == (1e-12, math.inf)
+
+
+# ---- 2. Schedule -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("steps", [1, 3, 10, 25, 50])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+def test_schedule_equals_diffusers_at_every_step(spacing, steps, kind, eta):
+    config = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    config |= dict(
+        prediction_type=kind, set_alpha_to_one=kind != "epsilon", steps_offset=int(kind == "epsilon")
+    )
+    config |= dict(rescale_betas_zero_snr=kind != "epsilon")
+    scheduler = DDIMScheduler(**config, timestep_spacing=spacing)
+    scheduler.set_timesteps(steps)
+    schedule = vader.ddim_schedule(dict(scheduler.config), steps, eta, spacing)
+    assert schedule.t.tolist() == scheduler.timesteps.tolist()
+    for i, t in enumerate(scheduler.timesteps):
+        x, f, noise = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        theirs = scheduler.step(f, t, x, eta=eta, variance_noise=noise if eta else None)
+        ours = schedule.a[i] * x + schedule.b[i] * f + schedule.s[i] * noise
+        assert schedule.c[i] == 1
+        torch.testing.assert_close(ours, theirs.prev_sample, rtol=1e-5, atol=2e-5)
+        clean = schedule.p[i] * x + schedule.q[i] * f
+        torch.testing.assert_close(clean, theirs.pred_original_sample, rtol=1e-5, atol=2e-5)
+
+
+def test_trailing_spacing_has_the_leverage_that_leading_lacks():
+    config = json.loads((TINY / "scheduler" / "scheduler_config.json").read_text())
+    leading, trailing = (vader.ddim_schedule(config, 10, 0.0, s) for s in ("leading", "trailing"))
+    assert leading.leverage(9) < 0.05 < 0.2 < trailing.leverage(9)
+    x, f = torch.tensor([0.3, -0.2]).double()
+    total = f * trailing.b[7]
+    for i in (8, 9):
+        total = trailing.a[i] * total
+    assert abs(total / f) == pytest.approx(trailing.leverage(7)) and x != f
+
+
+def test_a_clipping_scheduler_is_refused():
+    with pytest.raises(BadInput, match="clip"):
+        vader.ddim_schedule({"clip_sample": True}, 10)
+
+
+# ---- 3. Models ---------------------------------------------------------------------------------------------
+
+
+def stock_frames(folder, cfg, prompts, noise, unet=None):
+    """Frames (B, F, 3, H, W) in [0, 1] of diffusers' own pipeline, same noise."""
+    pipe = TextToVideoSDPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=cfg.timestep_spacing)
+    pipe.unet = unet(pipe.unet) if unet else pipe.unet
+    pipe.set_progress_bar_config(disable=True)
+    size = dict(num_frames=cfg.num_frames, height=cfg.height, width=cfg.width)
+    run = dict(num_inference_steps=cfg.num_inference_steps, guidance_scale=cfg.guidance_scale, latents=noise)
+    with torch.no_grad():
+        latents = pipe(prompts, **size, **run, output_type="latent").frames
+        return (pipe.decode_latents(latents) / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("which", ["small", "tiny"])
+def test_frames_equal_the_stock_pipeline(which, settings):
+    cfg = (
+        settings if which == "small" else dataclasses.replace(settings, model=str(TINY), width=64, height=48)
+    )
+    run, cfg, model, schedule, conds, _ = load(cfg, randomise=False)
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
+    ours = model.decode(latents[-1], list(range(cfg.num_frames)))
+    theirs = stock_frames(cfg.model, cfg, prompts, noise)
+    assert ours.shape == (2, 5, 3, cfg.height, cfg.width) and ours.std() > 0.01
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+    assert len(latents) == cfg.num_inference_steps + 1 and torch.equal(latents[0], noise)
+
+
+def test_decode_takes_any_frames(settings):
+    _, cfg, model, *_ = load(settings)
+    latents = torch.randn(2, *model.latent_shape(cfg))
+    whole = model.decode(latents, list(range(5)))
+    assert whole.dtype == torch.float32 and whole.min() >= 0 and whole.max() <= 1
+    torch.testing.assert_close(model.decode(latents, [3, 1]), whole[:, [3, 1]], rtol=0, atol=1e-5)
+
+
+def test_clamp_lets_gradient_through():
+    x = torch.tensor([-0.5, 0.5, 1.5], requires_grad=True)
+    y = vader.straight_through_clamp(x)
+    y.sum().backward()
+    assert y.tolist() == [0.0, 0.5, 1.0] and x.grad.tolist() == [1.0, 1.0, 1.0]
+
+
+# ---- 4. LoRA and checkpointing -----------------------------------------------------------------------------
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten().double() for p in vader.lora_parameters(model).values()])
+
+
+def clear(model):
+    for p in vader.lora_parameters(model).values():
+        p.grad = None
+
+
+def test_checkpointing_changes_no_gradient(settings):
+    found = []
+    for on in (True, False):
+        run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, checkpointing=on))
+        prompts, *_ = batch(cfg, model, conds)
+        vader.micro_batch(run, PROMPTS, 0, 0, NO_SCALING)
+        found.append(gradients(model))
+    assert found[0].norm() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
+
+
+def test_lora_is_float32_on_a_bf16_base(settings):
+    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, dtype="bf16"))
+    assert {p.dtype for p in vader.lora_parameters(model).values()} == {torch.float32}
+    assert {p.dtype for p in model.denoiser.parameters() if not p.requires_grad} == {torch.bfloat16}
+    prompts, *_ = batch(cfg, model, conds)
+    vader.micro_batch(run, PROMPTS, 0, 0, NO_SCALING)
+    assert torch.isfinite(gradients(model)).all() and gradients(model).norm() > 0
+
+
+def test_the_lora_loads_in_stock_code_and_gives_our_frames(settings, tmp_path):
+    run, cfg, model, schedule, conds, _ = load(settings)
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    ours = model.decode(vader.rollout(model, schedule, noise, cond, uncond, 3.0)[-1], list(range(5)))
+    vader.save_lora(model, tmp_path / "lora")
+    theirs = stock_frames(
+        cfg.model, cfg, prompts, noise, lambda unet: PeftModel.from_pretrained(unet, tmp_path / "lora")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+    without = stock_frames(cfg.model, cfg, prompts, noise)
+    assert (without - theirs).abs().max() > 0.01
+
+
+def test_a_lora_of_another_model_is_refused(settings, tmp_path, capsys):
+    run, _, model, *_ = load(settings)
+    vader.save_lora(model, tmp_path / "lora")
+    assert vader.main(["--mode", "sample", "--model", "tiny", "--lora", str(tmp_path / "lora")]) == 2
+    assert "made for another model" in capsys.readouterr().err
+
+
+# ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
+
+
+def autograd_gradient(model, schedule, cfg, terms, prompts, noise, cond, uncond, frames, K, coupled):
+    """The same gradient by one plain graph through sampler, VAE and reward."""
+    x, T = noise, cfg.num_inference_steps
+    both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
+    for i in range(T):
+        with torch.set_grad_enabled(i >= T - K):
+            seen = x if coupled else x.detach()
+            f_uncond, f_cond = model.denoise(torch.cat([seen, seen]), schedule.t[i], both).chunk(2)
+            f_uncond = f_uncond.detach() if cfg.detach_uncond else f_uncond
+            f = f_uncond + cfg.guidance_scale * (f_cond - f_uncond)
+            x = float(schedule.a[i]) * x + float(schedule.b[i]) * f
+    video = model.decode(x, frames)
+    (-sum(weight * reward(video, prompts) for weight, reward in terms.values()).mean()).backward()
+    return gradients(model)
+
+
+@pytest.mark.parametrize("K", [1, 3, 4])
+@pytest.mark.parametrize("coupling", [1.0, 0.0])
+@pytest.mark.parametrize("kind", ["image", "clip"])
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_walk_back_equals_plain_autograd(settings, K, coupling, kind, chunk):
+    changes = dict(backprop_steps=K, coupling=coupling, decode_chunk=chunk)
+    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, **changes))
+    if kind == "clip":
+        terms = {"clip": (0.7, clip_reward)}
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    frames = list(range(5))
+    latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
+    _, g = vader.score(model, terms, latents[-1], prompts, frames, chunk)
+    trained = vader.trained_steps(cfg, None)
+    vader.walk_back(model, schedule, latents, g, cond, uncond, trained, cfg)
+    ours = gradients(model)
+    clear(model)
+    theirs = autograd_gradient(
+        model, schedule, cfg, terms, prompts, noise, cond, uncond, frames, K, coupling == 1
+    )
+    assert theirs.norm() > 0
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_detached_unconditional_branch(settings):
+    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, detach_uncond=True))
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
+    _, g = vader.score(model, terms, latents[-1], prompts, [0, 2])
+    vader.walk_back(model, schedule, latents, g, cond, uncond, [3], cfg)
+    ours = gradients(model)
+    clear(model)
+    theirs = autograd_gradient(model, schedule, cfg, terms, prompts, noise, cond, uncond, [0, 2], 1, True)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_kl_pulls_to_the_base_model(settings):
+    run, cfg, model, schedule, conds, _ = load(settings)
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    latents = vader.rollout(model, schedule, noise, cond, uncond, 3.0)
+    zero = torch.zeros_like(noise)
+    change = vader.walk_back(model, schedule, latents, zero, cond, uncond, [3], cfg, kl_weight=0.5)
+    ours = gradients(model)
+    clear(model)
+    with torch.no_grad(), model.denoiser.disable_adapter():
+        base = model.denoise(latents[3], schedule.t[3], cond)
+    loss = (model.denoise(latents[3], schedule.t[3], cond) - base).square().mean()
+    (0.5 * loss).backward()
+    assert change == pytest.approx(loss.item(), rel=1e-4) and change > 0
+    assert (ours - gradients(model)).norm() / ours.norm() < 1e-5
+    assert vader.walk_back(model, schedule, latents, zero, cond, uncond, [3], cfg) == 0
+
+
+def test_a_reached_target_gives_no_gradient(settings):
+    run, cfg, model, schedule, conds, terms = load(settings)
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    x = vader.rollout(model, schedule, noise, cond, uncond, 3.0)[-1]
+    values, g = vader.score(model, terms, x, prompts, [0])
+    low, high = sorted(values["reward"].tolist())
+    _, hinged = vader.score(model, terms, x, prompts, [0], target=(low + high) / 2)
+    lower = values["reward"].argmin()
+    assert torch.equal(hinged[lower], g[lower]) and g[lower].norm() > 0
+    assert hinged[1 - lower].norm() == 0 < g[1 - lower].norm()
+
+
+def test_terms_add_up_and_bad_rewards_are_named(settings):
+    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, reward="2*colorful"))
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    both = terms | {"clip": (0.5, clip_reward)}
+    values, _ = vader.score(model, both, noise, prompts, list(range(5)))
+    torch.testing.assert_close(values["reward"], 2 * values["colorful"] + 0.5 * values["clip"])
+    flat = {"flat": (1.0, lambda frames, prompts: torch.ones(2))}
+    with pytest.raises(BadInput, match="'flat' must return one number per video"):
+        vader.score(model, flat, noise, prompts, [0])
+
+
+def test_which_steps_train():
+    cfg = Config(backprop_steps=3, num_inference_steps=9)
+    assert vader.trained_steps(cfg, None) == [6, 7, 8]
+    assert vader.trained_steps(dataclasses.replace(cfg, grad_steps="spread"), None) == [0, 4, 8]
+    random = {
+        tuple(vader.trained_steps(dataclasses.replace(cfg, grad_steps="random"), vader.generator_for(n)))
+        for n in range(9)
+    }
+    assert len(random) > 1 and all(len(set(steps)) == 3 for steps in random)
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of all storages alive that were made inside, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def free(self, key):
+        self.now -= self.alive.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.free, key)
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def peak_of_an_update(cfg):
+    run, cfg, model, schedule, conds, terms = load(cfg)
+    prompts, *_ = batch(cfg, model, conds)
+    weights = sum(p.nbytes for part in (model.denoiser, model.vae) for p in part.parameters())
+    with LiveStorages() as memory:
+        vader.micro_batch(run, PROMPTS, 0, 0, NO_SCALING)
+    return memory.peak, weights
+
+
+def test_peak_memory_is_flat_in_trained_steps_and_decoded_frames(settings):
+    base, weights = peak_of_an_update(settings)
+    assert base > 100_000
+    all_steps, _ = peak_of_an_update(dataclasses.replace(settings, backprop_steps=4))
+    all_frames, _ = peak_of_an_update(dataclasses.replace(settings, decode_frames=5))
+    at_once, _ = peak_of_an_update(dataclasses.replace(settings, decode_frames=5, decode_chunk=5))
+    not_recomputed, _ = peak_of_an_update(dataclasses.replace(settings, checkpointing=False))
+    peaks = dict(base=base, all_steps=all_steps, all_frames=all_frames, at_once=at_once, plain=not_recomputed)
+    print("peak MB:", {name: round(peak / 1e6, 2) for name, peak in peaks.items()}, "weights", weights / 1e6)
+    assert all_steps < 1.05 * base
+    assert all_frames < 1.05 * base
+    assert not_recomputed > 1.3 * base
+
+
+# ---- 6. Prompts and randomness -----------------------------------------------------------------------------
+
+
+def test_draws_depend_on_their_key_only():
+    draw = [torch.randn(4, generator=vader.generator_for(0, *key)) for key in ((1, 2), (1, 2), (2, 1), (12,))]
+    assert (
+        torch.equal(draw[0], draw[1])
+        and not torch.equal(draw[0], draw[2])
+        and not torch.equal(draw[0], draw[3])
+    )
+
+
+def test_held_out_prompts_are_not_trained_on(prompts_file, tmp_path):
+    cfg = Config(prompts=prompts_file, batch_size=5)
+    train, held_out = vader.split_prompts(cfg)
+    assert (len(train), len(held_out)) == (11, 1) and not set(train) & set(held_out)
+    drawn = [prompt for n in range(11) for prompt in vader.batch_prompts(train, cfg, n)]
+    assert all(drawn.count(prompt) == 5 for prompt in train)  # every prompt once in each round
+    (tmp_path / "one.txt").write_text("a cat\n")
+    with pytest.raises(BadInput, match="one prompt"):
+        vader.split_prompts(Config(prompts=str(tmp_path / "one.txt")))
+    assert vader.split_prompts(Config(prompts=prompts_file, eval_prompts=str(tmp_path / "one.txt")))[1] == [
+        "a cat"
+    ]
+
+
+def test_shipped_prompts_hold_out_what_the_tiny_world_holds_out():
+    import make
+
+    unseen = {make.caption(c) for c in make.UNSEEN}
+    prompts, unseen_file = (
+        vader.read_prompts(str(HERE / name)) for name in ("prompts.txt", "tiny/unseen.txt")
+    )
+    assert len(prompts) == 50 and not unseen & set(prompts) and set(unseen_file) <= unseen
+
+
+def test_frames_are_picked_as_rewards_want():
+    cfg, image, clip = Config(num_frames=9), {"i": (1.0, len)}, {"i": (1.0, len), "c": (1.0, clip_reward)}
+    picks = [vader.pick_frames(cfg, image, vader.generator_for(n)) for n in range(40)]
+    assert all(len(p) == 1 for p in picks) and len({p[0] for p in picks}) == 9
+    assert vader.pick_frames(cfg, clip, None) == [0, 2, 4, 6, 8]
+    three = vader.pick_frames(dataclasses.replace(cfg, decode_frames=3), image, vader.generator_for(1))
+    assert len(set(three)) == 3 and three == sorted(three)
+
+
+# ---- 7. Files and resume -----------------------------------------------------------------------------------
+
+
+def lora_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "lora" / "adapter_model.safetensors")
+
+
+def same(first, second, tolerance=0.0):
+    assert first.keys() == second.keys()
+    return all((first[k] - second[k]).abs().max() <= tolerance * (1 + second[k].abs().max()) for k in first)
+
+
+def test_resumed_equals_uninterrupted_bitwise(settings, tmp_path):
+    cfg = dataclasses.replace(settings, steps=4, ema_decay=0.5, eval_every=2, eta=0.3)
+    whole = dataclasses.replace(cfg, out=str(tmp_path / "whole"))
+    rows = vader.train(whole)
+    vader.train(dataclasses.replace(cfg, steps=2))
+    again = vader.train(dataclasses.replace(cfg, resume=True))
+    assert same(lora_of(cfg.out), lora_of(whole.out))
+    assert any(value.abs().max() > 0 for name, value in lora_of(cfg.out).items() if "lora_B" in name)
+    strip = [{k: v for k, v in row.items() if k not in ("seconds", "memory_gb")} for row in rows]
+    assert strip == [{k: v for k, v in row.items() if k not in ("seconds", "memory_gb")} for row in again]
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
+    with pytest.raises(BadInput, match="started with --lr 0.01"):
+        vader.train(dataclasses.replace(cfg, resume=True, lr=0.5))
+    with pytest.raises(BadInput, match="add --resume"):
+        vader.train(cfg)
+
+
+KILLER = """
+import json, os, random, signal, sys, time
+import torch
+import vader
+torch.set_num_threads(1)  # so that forking is safe
+cfg = vader.Config(**json.loads(sys.argv[1]))
+random.seed(int(sys.argv[3]))
+reached = 0
+for kill in range(int(sys.argv[2])):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        cfg.resume = os.path.exists(cfg.out + "/config.json")
+        vader.train(cfg)
+        os._exit(0)
+    time.sleep(random.uniform(1.0, 4.0))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    state = vader.Path(cfg.out) / "checkpoint" / "state.pt"
+    step = torch.load(state, weights_only=True)["step"] if state.exists() else 0
+    logged = max([row["step"] for row in vader.read_metrics(vader.Path(cfg.out))], default=0)
+    assert reached <= step <= logged <= step + 1, (reached, step, logged)
+    reached = step
+print("reached", reached)
+cfg.steps, cfg.resume = reached + 1, True
+vader.train(cfg)
+"""
+
+
+def kill_and_resume(cfg, kills, seed=0):
+    code = [sys.executable, "-c", KILLER, json.dumps(dataclasses.asdict(cfg)), str(kills), str(seed)]
+    done = subprocess.run(code, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(re.search(r"reached (\d+)", done.stdout).group(1)) + 1
+
+
+def test_kill_at_any_moment_loses_the_current_update_only(settings, tmp_path):
+    cfg = dataclasses.replace(
+        settings, steps=1000, eval_every=1000, eval_videos=1, num_inference_steps=1, batch_size=1
+    )
+    steps = kill_and_resume(cfg, kills=5)
+    assert steps > 5
+    whole = dataclasses.replace(cfg, steps=steps, out=str(tmp_path / "whole"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    vader.train(whole)
+    torch.set_num_threads(threads)
+    assert same(lora_of(cfg.out), lora_of(whole.out))
+    rows = vader.read_metrics(Path(cfg.out))
+    assert [row["step"] for row in rows if "reward" in row] == list(range(1, steps + 1))
+
+
+def test_a_half_written_last_row_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert vader.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert vader.read_metrics(tmp_path, until=1) == [{"step": 1}]
+
+
+# ---- 8. Evaluation and page --------------------------------------------------------------------------------
+
+
+def test_summary_is_paired():
+    assert vader.summary([1.0, 2.0], [2.0, 4.0]).startswith(
+        "1.500 -> 3.000 (+1.500, standard error 0.500, 2 videos"
+    )
+
+
+def test_videos_do_not_depend_on_the_batch(settings):
+    run, cfg, model, schedule, conds, _ = load(settings)
+    prompts = ["a moon", "a red kite rising over the sea", "a moon"]
+    together = vader.make_videos(run, prompts)
+    alone = vader.make_videos(run, prompts[2:], first=2)
+    torch.testing.assert_close(together[2:], alone, rtol=0, atol=1e-4)
+    assert (together[0] - together[2]).abs().max() > 0.01  # same prompt, other noise
+
+
+def test_what_a_run_writes(settings):
+    rows = vader.train(dataclasses.replace(settings, eval_every=1))
+    out = Path(settings.out)
+    page = (out / "index.html").read_text()
+    assert "<svg" in page and page.count("<video") == 4
+    for video in re.findall(r'<video src="([^"]+)"', page):
+        frames = vader.iio.imread(out / video, plugin="FFMPEG")
+        assert len(frames) == 5 and frames.shape[1] * 3 == frames.shape[2] * 2
+    assert (out / "comparison.png").stat().st_size > 1000
+    assert json.loads((out / "config.json").read_text())["lr"] == 0.01
+    assert {"reward", "colorful", "grad_norm", "kl", "skipped", "seconds", "memory_gb"} < rows[1].keys()
+    assert rows[-1]["eval"]["prompts"] == rows[0]["eval"]["prompts"] and len(rows[0]["eval"]["reward"]) == 2
+    assert rows[-1]["eval"]["reward"] != rows[0]["eval"]["reward"]
+
+
+# ---- 9. Training -------------------------------------------------------------------------------------------
+
+
+def test_training_raises_the_reward(settings):
+    cfg = dataclasses.replace(settings, steps=12, lr=3e-2, eval_videos=8)
+    rows = vader.train(cfg)
+    gain = np.subtract(rows[-1]["eval"]["reward"], rows[0]["eval"]["reward"])
+    assert gain.mean() > 3 * gain.std(ddof=1) / math.sqrt(len(gain)) > 0
+
+
+def test_own_reward_from_a_notebook(settings):
+    def darkness(frames, prompts):
+        return 1 - frames.mean((1, 2, 3, 4))
+
+    rows = vader.train(dataclasses.replace(settings, steps=1), reward=darkness)
+    assert "darkness" in rows[1] and rows[1]["grad_norm"] > 0
+
+
+def test_own_reward_of_the_readme(settings, monkeypatch):
+    code = re.search(r"```python\n(def make_.*?)```", README, flags=re.S).group(1)
+    assert len(code.splitlines()) <= 10
+    space = vars(rewards)
+    exec(code, space)
+    name = re.search(r"def make_(\w+)", code).group(1)
+    monkeypatch.setitem(rewards.REWARDS, name, space[f"make_{name}"])
+    rows = vader.train(dataclasses.replace(settings, steps=1, reward=f"{name} + 0.1*colorful"))
+    assert rows[1]["reward"] == pytest.approx(rows[1][name] + 0.1 * rows[1]["colorful"], rel=1e-4)
+
+
+def broken_after(calls):
+    seen = []
+
+    def reward(frames, prompts):
+        seen.append(1)
+        value = frames.mean((1, 2, 3, 4))
+        return value * math.nan if len(seen) > calls and frames.requires_grad else value
+
+    return reward
+
+
+def test_a_non_finite_gradient_skips_its_update(settings):
+    calls = []
+
+    def sometimes(frames, prompts):
+        calls.append(frames.requires_grad)
+        return frames.mean((1, 2, 3, 4)) * (math.nan if sum(calls) == 2 and calls[-1] else 1)
+
+    rows = [
+        row
+        for row in vader.train(dataclasses.replace(settings, steps=3), reward=sometimes)
+        if "reward" in row
+    ]
+    assert [row["skipped"] for row in rows] == [0, 1, 1]
+    assert math.isnan(rows[1]["grad_norm"]) and rows[2]["grad_norm"] > 0
+    assert all(torch.isfinite(value).all() for value in lora_of(settings.out).values())
+
+
+def test_ten_non_finite_gradients_in_a_row_stop_the_run(settings):
+    with pytest.raises(FloatingPointError, match=r"at update 11, prompt 'a .*', seed 0"):
+        vader.train(
+            dataclasses.replace(settings, steps=40, num_inference_steps=1, eval_videos=1),
+            reward=broken_after(4),
+        )
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(settings, capsys, monkeypatch):
+    calls = []
+
+    def interrupting(frames, prompts):
+        calls.append(frames.requires_grad)
+        if sum(calls) == 2 and calls[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return frames.mean((1, 2, 3, 4))
+
+    monkeypatch.setattr(sys, "argv", ["vader.py", "--reward", "a + b"])
+    before = signal.getsignal(signal.SIGINT)
+    rows = vader.train(dataclasses.replace(settings, steps=50), reward=interrupting)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert rows[-1]["step"] == 2
+    assert "python vader.py --reward 'a + b' --resume" in capsys.readouterr().out
+    assert torch.load(Path(settings.out) / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
+
+
+def command(cfg, *launcher):
+    words = [*(launcher or (sys.executable,)), str(HERE / "vader.py")]
+    for name, value in dataclasses.asdict(cfg).items():
+        if value not in (None, False) and value != getattr(Config(), name):
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def run_command(words, **environment):
+    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_ranks_equal_one_with_twice_the_accumulation(settings, tmp_path):
+    two = dataclasses.replace(settings, eval_videos=1, out=str(tmp_path / "two"))
+    run_command(
+        command(two, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"), OMP_NUM_THREADS="1"
+    )
+    one = dataclasses.replace(two, grad_accum=2, out=str(tmp_path / "one"))
+    vader.train(one)
+    assert same(lora_of(two.out), lora_of(one.out), tolerance=1e-4)
+    assert not same(lora_of(two.out), lora_of(one.out), tolerance=-1)
+
+
+# ---- 10. Sampling and scoring ------------------------------------------------------------------------------
+
+
+def test_sample_and_eval_modes(settings, tmp_path, capsys):
+    run, _, model, *_ = load(settings)
+    vader.save_lora(model, tmp_path / "lora")
+    short = tmp_path / "short.txt"
+    short.write_text("a moon\na red kite rising over the sea\na white star\n")
+    common = dict(prompts=str(short), lora=str(tmp_path / "lora"))
+    vader.sample(dataclasses.replace(settings, mode="sample", out=str(tmp_path / "s"), **common))
+    named = json.loads((tmp_path / "s" / "prompts.json").read_text())
+    assert named == {
+        "000.mp4": "a moon",
+        "001.mp4": "a red kite rising over the sea",
+        "002.mp4": "a white star",
+    }
+    assert all((tmp_path / "s" / name).stat().st_size > 500 for name in named)
+    scored = dataclasses.replace(settings, mode="eval", out=str(tmp_path / "e"), reward="colorful", **common)
+    vader.compare(scored)
+    result = json.loads((tmp_path / "e" / "eval.json").read_text())
+    assert len(result["base"]["colorful"]) == 3 and result["base"]["reward"] != result["tuned"]["reward"]
+    assert "colorful: " in capsys.readouterr().out and (tmp_path / "e" / "index.html").exists()
+    with pytest.raises(BadInput, match="not empty"):
+        vader.compare(scored)
+
+
+def hub_cache(home: Path, repo: str) -> Path:
+    """The folder where the hub's cache keeps the files of a repository."""
+    folder = home / "hub" / f"models--{repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    return folder / "snapshots" / ("0" * 40)
+
+
+def test_modelscope_and_the_published_aesthetic_files_end_to_end(settings, small, tmp_path):
+    """`--model modelscope --reward aesthetic` as a user types it, on narrow random files in the cache."""
+    shutil.copytree(small, hub_cache(tmp_path, "ali-vilab/text-to-video-ms-1.7b"))
+    narrow = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=32
+    )
+    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**narrow, image_size=224, projection_dim=768))
+    clip.save_pretrained(hub_cache(tmp_path, "openai/clip-vit-large-patch14"))
+    head = hub_cache(tmp_path, "trl-lib/ddpo-aesthetic-predictor")
+    head.mkdir(parents=True)
+    torch.save(rewards.AestheticHead(768).state_dict(), head / "aesthetic-model.pth")
+    cfg = dataclasses.replace(settings, model="modelscope", reward="aesthetic + 0.1*colorful", steps=1)
+    said = run_command(command(cfg), HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert "modelscope on cpu" in said and "leverage" in said
+    rows = vader.read_metrics(Path(cfg.out))
+    assert rows[1]["grad_norm"] > 0 and {"aesthetic", "colorful"} < rows[1].keys()
+
+
+# ---- rewards.py --------------------------------------------------------------------------------------------
+
+
+def test_sums_are_read():
+    assert rewards.parse("aesthetic") == [(1.0, "aesthetic", None)]
+    assert rewards.parse(" colorful+ .5 * aesthetic:x y ") == [
+        (1.0, "colorful", None),
+        (0.5, "aesthetic", "x y"),
+    ]
+    for wrong in ("", "2*", "aesthetic colorful", "3"):
+        with pytest.raises(rewards.BadReward, match="can't read"):
+            rewards.parse(wrong)
+
+
+def test_rewards_load_from_a_folder(tmp_path):
+    with pytest.raises(rewards.BadReward, match="has no folder 'aesthetic'"):
+        rewards.make_terms("aesthetic", "cpu", torch.float32, str(tmp_path))
+    with pytest.raises(rewards.BadReward, match="unknown reward 'esthetics'"):
+        rewards.make_terms("esthetics", "cpu", torch.float32)
+
+
+def test_aesthetic_head_has_the_published_keys():
+    shapes = {name: tuple(value.shape) for name, value in rewards.AestheticHead(768).state_dict().items()}
+    published = {"0": (1024, 768), "2": (128, 1024), "4": (64, 128), "6": (16, 64), "7": (1, 16)}
+    assert shapes == {f"layers.{n}.weight": s for n, s in published.items()} | {
+        f"layers.{n}.bias": s[:1] for n, s in published.items()
+    }
+
+
+def drawn(n, full=True, seed=123):
+    import make
+
+    generator = torch.Generator().manual_seed(seed)
+    return make.draw(make.pick(make.UNSEEN, n, generator), generator, full=full)
+
+
+def test_preprocessing_agrees_with_the_official_processor():
+    video, _, _ = drawn(1)
+    pictures = (video[0, :3] * 255).round().byte()
+    official = CLIPImageProcessor(size={"shortest_edge": 224})(
+        list(pictures), return_tensors="pt"
+    ).pixel_values
+    ours = rewards.preprocess(pictures[None].float() / 255, 224, rewards.CLIP_MEAN, rewards.CLIP_STD)
+    assert (
+        ours - official
+    ).abs().max() < 2 / 255 / 0.26  # the processor rounds to whole numbers after resizing
+
+
+@pytest.mark.parametrize("name", list(rewards.REWARDS))
+def test_gradients_are_right_and_stay_in_their_video(name):
+    ((_, reward),) = rewards.make_terms(name, "cpu", torch.float32, str(HERE / "tiny" / "rewards")).values()
+    video, _, _ = drawn(3)
+    frames = video[:, [1, 4]].clone().requires_grad_()
+    value = reward(frames, ["a"] * 3)
+    assert value.shape == (3,) and value.dtype == torch.float32
+    (slope,) = torch.autograd.grad(value[1], frames)
+    assert slope[0].abs().max() == 0 == slope[2].abs().max() and (slope[1].flatten(1).norm(dim=1) > 0).all()
+    direction = torch.randn(frames[1].shape, generator=torch.Generator().manual_seed(0))
+    moved = [
+        reward(torch.stack([frames[0], frames[1] + s * 1e-3 * direction, frames[2]]), ["a"] * 3)[1]
+        for s in (1, -1)
+    ]
+    measured = ((moved[0] - moved[1]) / 2e-3).item()
+    assert measured == pytest.approx((slope[1] * direction).sum().item(), rel=0.05, abs=1e-3)
+
+
+def test_colorful_is_the_published_formula():
+    frames = torch.rand(2, 3, 3, 8, 6)
+    value = rewards.make_colorful("cpu", torch.float32)(frames, None)
+    for b in range(2):
+        scores = []
+        for picture in frames[b].numpy() * 255.0:
+            rg, yb = picture[0] - picture[1], 0.5 * (picture[0] + picture[1]) - picture[2]
+            spread, mean = np.hypot(rg.std(), yb.std()), np.hypot(rg.mean(), yb.mean())
+            scores.append((spread + 0.3 * mean) / 100)
+        assert value[b].item() == pytest.approx(np.mean(scores), rel=1e-4)
+    grey = torch.full((1, 1, 3, 4, 4), 0.5, requires_grad=True)
+    rewards.make_colorful("cpu", torch.float32)(grey, None).sum().backward()
+    assert torch.isfinite(grey.grad).all()
+
+
+def test_tiny_aesthetic_ranks_unseen_pictures():
+    video, target, _ = drawn(160)
+    score = rewards.make_aesthetic("cpu", torch.float32, None, str(HERE / "tiny" / "rewards"))(
+        video[:, :1], None
+    )
+    ranks = [np.argsort(np.argsort(values.detach().numpy())) for values in (score, target)]
+    assert np.corrcoef(*ranks)[0, 1] >= 0.9

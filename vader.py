@@ -1,0 +1,1083 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.5",
+#     "torchvision>=0.20",
+#     "diffusers>=0.42",
+#     "transformers>=5.0",
+#     "peft>=0.21",
+#     "open_clip_torch>=2.24",
+#     "imageio[ffmpeg]>=2.31",
+#     "numpy>=1.26",
+# ]
+# ///
+"""VADER: align a video diffusion model with a differentiable reward (Prabhudesai et al., arXiv 2407.08737).
+
+    python vader.py --reward aesthetic --prompts prompts.txt                         # train
+    python vader.py --mode sample --lora runs/aesthetic-tiny/lora                    # make videos
+    python vader.py --mode eval --lora runs/aesthetic-tiny/lora --reward colorful    # score base and tuned
+
+The method: make a video from noise without gradient, keeping every step's latents. Score some frames and pull
+the gradient through the reward and the VAE to the last latents. Walk the sampler back over the last K steps,
+one denoiser call at a time. Every sampler here is affine, so its backward is two multiplications a step. The
+graph is cut at frames, latents and steps: peak memory is that of the largest piece, whatever K is.
+
+    x, latents[i]   x_t of the paper, (B, C, F, H, W)   a, b, c   x[i+1] = a[i] x[i] + b[i] f(c[i] x[i], t[i])
+    f, denoise      epsilon_theta or v_theta            p, q      predicted clean latents: p[i] x[i] + q[i] f
+    g               d loss / d x, walked backwards      s         noise added per step, when eta > 0
+    v               d loss / d frames                   w         classifier-free guidance scale
+    K, T            trained steps, sampling steps
+
+Contents (search for "# ----"): 1 config, 2 schedule, 3 models, 4 LoRA and checkpointing, 5 rollout, score,
+walk back, 6 prompts and randomness, 7 files and resume, 8 loading, evaluation, page, 9 training, 10 sampling
+and scoring. What people change is marked "SWAP:". The loss is minus the reward, for every reward; the paper's
+per-reward loss forms are left out.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import functools
+import hashlib
+import html
+import importlib.util
+import inspect
+import json
+import math
+import os
+import re
+import shlex
+import signal
+import sys
+import tempfile
+import time
+import typing
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+import diffusers
+import imageio.v3 as iio
+import numpy as np
+import peft
+import psutil
+import torch
+import torch.distributed as dist
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from huggingface_hub import errors as hub
+from huggingface_hub import hf_hub_download
+from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from rewards import BadReward, make_terms, parse
+
+HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+
+
+class BadInput(ValueError):
+    """A setting or file that can't be used; its message is one line that says what to do."""
+
+
+# ---- 1. Config and command line ----------------------------------------------------------------------------
+
+Count = Annotated[int, (1, math.inf)]
+Positive = Annotated[float, (1e-12, math.inf)]
+NotNegative = Annotated[float, (0, math.inf)]
+Share = Annotated[float, (0, 1)]
+
+
+@dataclass
+class Config:
+    """Everything that can be set. None is off, or the model's own default (`PRESETS`)."""
+
+    # what to do
+    reward: str = "aesthetic"  # a reward of rewards.py or a weighted sum, "aesthetic + 0.5*colorful"
+    prompts: str = "prompts.txt"  # text file, one prompt a line; blank lines and lines with # are skipped
+    model: str = "auto"  # auto (modelscope on a CUDA GPU, else tiny), a name of PRESETS, a hub id, a folder
+    mode: Literal["train", "sample", "eval"] = "train"  # sample writes videos, eval scores base and tuned
+    lora: str | None = None  # folder of a trained LoRA: for sample and eval, or where train starts from
+    out: str | None = None  # output folder; default runs/<reward>-<model>, runs/<mode>-<reward>-<model>
+    resume: bool = False  # go on with the run in --out, with the same settings (how long may change)
+    seed: Annotated[int, (0, math.inf)] = 0  # the same seed gives bitwise the same run on a CPU
+    # the video and its sampler
+    num_frames: Count | None = None  # frames of a video
+    height: Count | None = None  # pixels, a multiple of 8
+    width: Count | None = None  # pixels, a multiple of 8
+    num_inference_steps: Annotated[int, (1, 1000)] | None = None  # denoising steps; cost time, not memory
+    guidance_scale: Annotated[float, (1, math.inf)] | None = None  # classifier-free; 1 is off, half the time
+    eta: Share = 0.0  # share of noise added at each DDIM step; 0 is deterministic
+    timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"  # leading: hardly any leverage
+    # the gradient
+    backprop_steps: Count = 1  # K, denoising steps that get a gradient; costs time, not memory
+    grad_steps: Literal["last", "spread", "random"] = "last"  # which K: DRaFT-K, DRTune, at random
+    coupling: Share = 1.0  # share of the gradient through a step's input; 1 is exact, K = 1 ignores it
+    detach_uncond: bool = False  # no gradient through the unconditional branch; half the walk back's time
+    decode_frames: Count | None = None  # frames decoded and scored per update; default what the reward wants
+    decode_chunk: Count = 1  # frames decoded at once; costs memory
+    checkpointing: bool = True  # recompute activations: a fifth of the memory for some more time
+    # the objective
+    reward_target: float | None = None  # hinge: a video whose reward is above this gets no gradient
+    kl_weight: NotNegative = 0.0  # pull to the base model: weight of the squared change of its output
+    reward_weights: str | None = None  # folder with one sub-folder per reward, not the published weights
+    # the optimiser
+    steps: Count | None = None  # updates
+    lr: Positive | None = None  # learning rate of AdamW, constant
+    batch_size: Count | None = None  # videos made at once; costs memory
+    grad_accum: Count | None = None  # batches per update; costs time
+    max_grad_norm: Positive = 1.0  # longer gradients are shortened to this
+    weight_decay: NotNegative = 0.01  # of AdamW
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"  # adamw8bit needs bitsandbytes
+    ema_decay: Share | None = None  # evaluate and save the LoRA averaged over updates, e.g. 0.99
+    # LoRA
+    lora_rank: Count | None = None  # rank of each adapter
+    lora_alpha: Count | None = None  # adapters are scaled by alpha / rank; default alpha = rank
+    lora_targets: str = "to_q,to_k,to_v,to_out.0"  # which linear layers, by the end of their names
+    # evaluation, files, machine
+    eval_prompts: str | None = None  # prompt file; default every tenth of --prompts, held back from training
+    eval_every: Count | None = None  # updates between evaluations; one more before, one after
+    eval_videos: Count = 16  # videos per evaluation, each time the same prompts and seeds
+    save_every: Count = 1  # updates between checkpoints
+    device: Literal["auto", "cuda", "cpu"] = "auto"  # auto is cuda where there is one
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 if the GPU can, else fp16; CPU fp32
+
+
+# SWAP: your model's defaults, where the config says None. Other models: modelscope's, at their native size.
+PRESET_FIELDS = ("source", "num_frames", "height", "width", "num_inference_steps", "guidance_scale")
+PRESET_FIELDS += ("steps", "eval_every", "lr", "batch_size", "grad_accum", "lora_rank")
+PRESETS = {
+    "tiny": (str(HERE / "tiny" / "t2v"), 8, 64, 64, 10, 4.0, 60, 30, 1e-3, 2, 1, 8),
+    "modelscope": ("ali-vilab/text-to-video-ms-1.7b", 16, 256, 256, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
+    "zeroscope": ("cerspense/zeroscope_v2_576w", 24, 320, 576, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
+}
+
+
+def need(ok, message: str):
+    """Raise BadInput(message) unless ok."""
+    if not ok:
+        raise BadInput(message)
+
+
+def nearest(word: str, words) -> str:
+    return difflib.get_close_matches(word, list(words), n=1, cutoff=0)[0]
+
+
+def field_type(name: str) -> tuple[type, tuple, tuple]:
+    """Type, allowed values (empty: any) and lowest and highest value (empty: any) of a Config field."""
+    hint = typing.get_type_hints(Config, include_extras=True)[name]
+    if type(None) in typing.get_args(hint):
+        hint = typing.get_args(hint)[0]
+    if typing.get_origin(hint) is Literal:
+        return str, typing.get_args(hint), ()
+    if typing.get_origin(hint) is Annotated:
+        return hint.__origin__, (), hint.__metadata__[0]
+    return hint, (), ()
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(f"{message}; see --help")
+
+
+def parse_args(argv=None) -> Config:
+    """The command line as a Config: a flag per field, its comment is the help. Raises BadInput."""
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), flags=re.M))
+    parser = Parser(prog="vader.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    for field in dataclasses.fields(Config):
+        kind, choices, _ = field_type(field.name)
+        how = {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind, "metavar": "X"}
+        text = " or ".join(choices) + ("; " if choices else "") + f"{comments[field.name]} [{field.default}]"
+        parser.add_argument(f"--{field.name}", default=field.default, help=text.replace("%", "%%"), **how)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        flag = nearest(unknown[0].split("=")[0], [f"--{field.name}" for field in dataclasses.fields(Config)])
+        raise BadInput(f"unknown argument {unknown[0]!r}: did you mean {flag!r}?")
+    return Config(**vars(known))
+
+
+def model_file(model: str, name: str) -> Path:
+    """Path of one file of a model that is a folder or a hub id (then it is downloaded). Raises BadInput."""
+    if Path(model).is_dir():
+        need((Path(model) / name).is_file(), f"{model} is not a diffusers pipeline: it has no {name}")
+        return Path(model) / name
+    try:
+        return Path(hf_hub_download(model, name))
+    except (hub.RepositoryNotFoundError, hub.HFValidationError, hub.RemoteEntryNotFoundError):
+        problem = f"no pipeline {model!r} on the hub and no such folder: check the spelling of --model"
+    except (hub.HfHubHTTPError, OSError):
+        problem = (
+            f"can't reach the hub for {model!r}: check the network, or use --model tiny, which needs none"
+        )
+    raise BadInput(problem)
+
+
+def read_config(model: str, name: str) -> dict:
+    """A json file of a model. Raises BadInput."""
+    try:
+        return json.loads(model_file(model, name).read_text())
+    except json.JSONDecodeError:
+        raise BadInput(f"{model}: {name} is not valid json; download the model again") from None
+
+
+def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
+    """Check all that can be checked before a model loads; fill in what is None from the model's preset.
+
+    Returns the full config, where the model loads from, its family. Raises BadInput or rewards.BadReward.
+    """
+    check_fields(cfg)
+    cuda = torch.cuda.is_available()
+    need(cuda or cfg.device != "cuda", "--device cuda: no usable CUDA GPU here; leave the flag out")
+    device = ("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device
+    model = ("modelscope" if device == "cuda" else "tiny") if cfg.model == "auto" else cfg.model
+    if model not in PRESETS and not Path(model).is_dir() and "/" not in model:
+        raise BadInput(
+            f"unknown model {model!r}: did you mean {nearest(model, PRESETS)!r}? Or a hub id, or a folder"
+        )
+    preset = dict(zip(PRESET_FIELDS, PRESETS.get(model, PRESETS["modelscope"]), strict=True))
+    source = preset.pop("source")
+    source = source if model in PRESETS else model
+    pipeline = read_config(source, "model_index.json").get("_class_name")
+    need(pipeline in FAMILIES, f"{source} is a {pipeline}; there is code for: {', '.join(FAMILIES)}")
+    family = FAMILIES[pipeline]
+    if model not in PRESETS:
+        preset["height"], preset["width"] = family.native_size(source)
+    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    preset["dtype"] = "fp32" if device == "cpu" else "bf16" if bf16 else "fp16"
+    # "remove:book + 0.5*hps" becomes the folder name remove-book-0.5-hps
+    label = getattr(reward, "__name__", "custom") if reward else cfg.reward
+    label = re.sub(r"[^\w.]+", "-", f"{label}-{Path(model).name if '/' in model else model}").strip("-")
+    preset["out"] = f"runs/{label}" if cfg.mode == "train" else f"runs/{cfg.mode}-{label}"
+    preset["lora_alpha"] = cfg.lora_rank or preset["lora_rank"]
+    preset["reward_weights"] = str(HERE / "tiny" / "rewards") if model == "tiny" else None
+    unset = {name: value for name, value in preset.items() if getattr(cfg, name) in (None, "auto")}
+    cfg = dataclasses.replace(cfg, **unset | {"model": model, "device": device})
+
+    K, T = cfg.backprop_steps, cfg.num_inference_steps
+    need(K <= T, f"--backprop_steps {K}: there are only {T} denoising steps, use {T} or less")
+    frames = cfg.decode_frames or 1
+    need(frames <= cfg.num_frames, f"--decode_frames {frames}: the video has only {cfg.num_frames} frames")
+    need(cfg.height % 8 == cfg.width % 8 == 0, "--height and --width must be multiples of 8")
+    has_8bit = importlib.util.find_spec("bitsandbytes") or cfg.optimizer != "adamw8bit"
+    need(has_8bit, "--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
+    need(
+        cfg.lora or cfg.mode == "train", f"--mode {cfg.mode} needs --lora: the lora folder of a training run"
+    )
+    if reward is None:
+        parse(cfg.reward)
+    if cfg.lora:
+        check_lora(cfg.lora, family.skeleton(source))
+    return cfg, source, family
+
+
+def check_fields(cfg: Config):
+    """Raises BadInput for a value that its field does not allow."""
+    for field in dataclasses.fields(Config):
+        value = getattr(cfg, field.name)
+        _, choices, limits = field_type(field.name)
+        if choices and value not in choices:
+            raise BadInput(f"--{field.name} {value}: did you mean {nearest(value, choices)!r}?")
+        if limits and value is not None and not limits[0] <= value <= limits[1]:
+            raise BadInput(f"--{field.name} {value}: must be from {limits[0]:g} to {limits[1]:g}")
+
+
+def check_lora(folder: str, skeleton: torch.nn.Module):
+    """Raises BadInput unless `folder` holds a PEFT LoRA whose every matrix fits a layer of the denoiser."""
+    weights = Path(folder) / "adapter_model.safetensors"
+    found = weights.is_file() and (Path(folder) / "adapter_config.json").is_file()
+    need(found, f"--lora {folder}: no adapter_config.json and {weights.name} there; give a run's lora folder")
+    layers = dict(skeleton.named_modules())
+    with safe_open(weights, "pt") as file:
+        for key in file.keys():  # noqa: SIM118 (not a dict)
+            path, _, matrix = (
+                key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
+            )
+            side = 1 if matrix == "A" else 0
+            fits = path in layers and layers[path].weight.shape[side] == file.get_slice(key).get_shape()[side]
+            need(fits, f"--lora {folder} was made for another model ({path} differs): give that --model")
+
+
+# ---- 2. Schedule -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Schedule:
+    """A first-order sampler as tables, one entry per step.
+
+    x[i+1] = a x[i] + b f + s noise, with f = denoise(c x[i], t); predicted clean latents: p x[i] + q f.
+    t: (T,) int64; a, b, c, p, q, s: (T,) float64, no unit.
+    """
+
+    t: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    c: torch.Tensor
+    p: torch.Tensor
+    q: torch.Tensor
+    s: torch.Tensor
+
+    def __len__(self):
+        return len(self.t)
+
+    def leverage(self, i: int) -> float:
+        """How far the result moves per unit of step i's output: |b[i]| times every a after it."""
+        return abs(float(self.b[i] * self.a[i + 1 :].prod()))
+
+
+def ddim_schedule(config: dict, num_inference_steps: int, eta=0.0, spacing="trailing") -> Schedule:
+    """DDIM (Song et al. 2021, eq. 12 and 16) on noise or v prediction (Salimans & Ho 2022, app. D).
+
+    config: a scheduler_config.json. Raises BadInput when it is not affine or predicts something else.
+    """
+    clips = config.get("clip_sample", True) or config.get("thresholding", False)
+    need(
+        not clips,
+        "this model's scheduler clips its predictions, so it is not affine: set clip_sample to false",
+    )
+    scheduler = DDIMScheduler.from_config(config, timestep_spacing=spacing)
+    scheduler.set_timesteps(num_inference_steps)
+    t, alphas = scheduler.timesteps, scheduler.alphas_cumprod.double()
+    before = t - scheduler.config.num_train_timesteps // num_inference_steps
+    now = alphas[t]
+    then = torch.where(before >= 0, alphas[before.clamp(min=0)], scheduler.final_alpha_cumprod.double())
+    s = eta * ((1 - then) / (1 - now) * (1 - now / then)).clamp(min=0).sqrt()
+    alpha, sigma = now.sqrt(), (1 - now).sqrt()
+    kind = scheduler.config.prediction_type
+    need(kind in ("epsilon", "v_prediction"), f"this model predicts {kind}; DDIM here: epsilon, v_prediction")
+    # x0 = p x + q f and noise = noise_x x + noise_f f
+    if kind == "epsilon":
+        p, q, noise_x, noise_f = 1 / alpha, -sigma / alpha, torch.zeros_like(now), torch.ones_like(now)
+    else:
+        p, q, noise_x, noise_f = alpha, -sigma, sigma, alpha
+    towards = (1 - then - s**2).clamp(min=0).sqrt()
+    a, b = then.sqrt() * p + towards * noise_x, then.sqrt() * q + towards * noise_f
+    return Schedule(t=t, a=a, b=b, c=torch.ones_like(now), p=p, q=q, s=s)
+
+
+# ---- 3. Models ---------------------------------------------------------------------------------------------
+
+
+def straight_through_clamp(x):
+    """Clamp to [0, 1] with the gradient of the identity: an over-bright pixel can still be told to darken."""
+    return x + (x.clamp(0, 1) - x).detach()
+
+
+# SWAP: your model. A family is these members, listed in FAMILIES by the _class_name of its model_index.json.
+class TextToVideoUNet:
+    """ModelScope, ZeroScope, tiny: UNet3DConditionModel, AutoencoderKL, a CLIP text encoder, DDIM."""
+
+    checkpointed = ("ResnetBlock2D", "Transformer2DModel", "TransformerTemporalModel", "TemporalConvLayer")
+
+    def __init__(self, source: str, device: str, dtype: torch.dtype):
+        self.source, self.device, self.dtype = source, device, dtype
+        self.denoiser = self.vae = None
+
+    @staticmethod
+    def skeleton(source) -> torch.nn.Module:
+        """The denoiser without its weights, to check names and shapes."""
+        with torch.device("meta"):
+            return UNet3DConditionModel.from_config(read_config(source, "unet/config.json"))
+
+    @staticmethod
+    def native_size(source) -> tuple[int, int]:
+        """Height and width in pixels that the model was made for."""
+        size = read_config(source, "unet/config.json").get("sample_size") or 32
+        return (8 * size, 8 * size) if isinstance(size, int) else (8 * size[0], 8 * size[1])
+
+    def schedule(self, cfg: Config) -> Schedule:
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        return ddim_schedule(config, cfg.num_inference_steps, cfg.eta, cfg.timestep_spacing)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> dict[str, dict]:
+        """Each prompt's conditioning, without batch dimension. Loads the text encoder, and frees it."""
+        tokenizer = CLIPTokenizer.from_pretrained(self.source, subfolder="tokenizer")
+        encoder = CLIPTextModel.from_pretrained(self.source, subfolder="text_encoder", dtype=self.dtype)
+        encoder.to(self.device)
+        conds = {}
+        for prompt in dict.fromkeys(prompts):
+            tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            conds[prompt] = {"encoder_hidden_states": encoder(tokens.to(self.device))[0][0]}  # (L, D)
+        return conds
+
+    def load(self):
+        """Load the denoiser and the VAE, frozen, without dropout (recomputing must give the same numbers)."""
+        self.denoiser = UNet3DConditionModel.from_pretrained(self.source, subfolder="unet", dtype=self.dtype)
+        self.vae = AutoencoderKL.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
+        for part in (self.denoiser, self.vae):
+            part.to(self.device).eval().requires_grad_(False)
+
+    def latent_shape(self, cfg: Config) -> tuple[int, ...]:
+        """(C, F, H / 8, W / 8) of one video."""
+        return (self.denoiser.config.in_channels, cfg.num_frames, cfg.height // 8, cfg.width // 8)
+
+    def denoise(self, x, t, cond):
+        """x: (B, C, F, H, W) float32, t: () int64, cond: dict of (B, ...) -> f: (B, C, F, H, W) float32."""
+        return self.denoiser(x.to(self.dtype), t.to(self.device), **cond, return_dict=False)[0].float()
+
+    def decode(self, latents, frames):
+        """latents: (B, C, F, H, W) float32, frames: N indices -> (B, N, 3, 8 H, 8 W) float32 in [0, 1]."""
+        picked = latents[:, :, frames].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
+        pictures = self.vae.decode(picked.to(self.dtype), return_dict=False)[0].float()
+        return straight_through_clamp(pictures / 2 + 0.5).unflatten(0, (-1, len(frames)))
+
+
+FAMILIES = {"TextToVideoSDPipeline": TextToVideoUNet}
+
+
+# ---- 4. LoRA and checkpointing -----------------------------------------------------------------------------
+
+
+def checkpoint_blocks(network: torch.nn.Module, classes: tuple[str, ...]):
+    """Recompute the activations of every block of these classes in the backward pass (Chen et al. 2016).
+
+    diffusers has no such switch for UNet3DConditionModel; for others, its switch leaves out the attention.
+    """
+
+    def recomputed(forward, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    for module in network.modules():
+        if type(module).__name__ in classes:
+            module.forward = functools.partial(recomputed, module.forward)
+
+
+def add_lora(model, cfg: Config):
+    """Put float32 low-rank adapters (Hu et al. 2021) on the frozen denoiser: new ones, or those in --lora."""
+    if cfg.lora:
+        model.denoiser = peft.PeftModel.from_pretrained(model.denoiser, cfg.lora, is_trainable=True)
+        return
+    torch.manual_seed(cfg.seed)
+    targets = [name.strip() for name in cfg.lora_targets.split(",")]
+    config = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets)
+    config.base_model_name_or_path = cfg.model
+    found = [n for n, _ in model.denoiser.named_modules() if any(f".{n}".endswith(f".{t}") for t in targets)]
+    need(found, f"--lora_targets {cfg.lora_targets}: this model has no layers of such names")
+    model.denoiser = peft.get_peft_model(model.denoiser, config)
+
+
+def lora_parameters(model) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.denoiser.named_parameters() if p.requires_grad}
+
+
+@contextlib.contextmanager
+def swapped(model, weights):
+    """Inside, the LoRA has these weights ({name: tensor}, e.g. the EMA's; None for its own)."""
+    own = {name: p.detach().clone() for name, p in lora_parameters(model).items()}
+    model.denoiser.load_state_dict(weights or {}, strict=False)
+    try:
+        yield
+    finally:
+        model.denoiser.load_state_dict(own, strict=False)
+
+
+# ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def rollout(model, schedule: Schedule, noise, cond, uncond, guidance_scale: float, generator=None):
+    """Sample without gradient: noise (B, C, F, H, W) float32 -> T + 1 latents of that shape, noise first.
+
+    generator: draws the noise of eta > 0. Both guidance branches go through the denoiser in one batch.
+    """
+    latents, guided = [noise], guidance_scale != 1
+    both = {name: torch.cat([uncond[name], cond[name]]) for name in cond} if guided else cond
+    for i in range(len(schedule)):
+        x = latents[-1]
+        scaled = float(schedule.c[i]) * x
+        f = model.denoise(torch.cat([scaled, scaled]) if guided else scaled, schedule.t[i], both)
+        if guided:
+            f_uncond, f_cond = f.chunk(2)
+            f = f_uncond + guidance_scale * (f_cond - f_uncond)
+        x = float(schedule.a[i]) * x + float(schedule.b[i]) * f
+        if schedule.s[i] > 0:
+            x = x + float(schedule.s[i]) * torch.randn(x.shape, generator=generator).to(x.device)
+        latents.append(x)
+    return latents
+
+
+def views(reward, video, chunk):
+    """What a reward is given of video (B, N, 3, H, W): (frames, share of the mean) pairs.
+
+    An image reward is a mean over frames, so it gets them in chunks; a clip reward gets its n at once.
+    """
+    wanted = getattr(reward, "frames", 1)
+    if wanted == 1:
+        return [(view, view.shape[1] / video.shape[1]) for view in video.split(chunk, dim=1)]
+    return [(video[:, torch.linspace(0, video.shape[1] - 1, wanted).round().long()], 1.0)]
+
+
+def score(model, terms: dict, x, prompts: list[str], frames: list[int], chunk=1, target=None, scale=None):
+    """Reward the picked frames of the clean latents x and pull the gradient back to x, chunk by chunk.
+
+    x: (B, C, F, H, W) float32; frames: N indices; terms: {name: (weight, reward)}; target: of the hinge;
+    scale: multiplies what is differentiated (fp16). Returns {"reward" or term: (B,)} and g like x: gradient
+    of the loss, minus the mean reward. Raises BadInput when a reward has the wrong shape or no gradient.
+    """
+    pieces = [frames[i : i + chunk] for i in range(0, len(frames), chunk)]
+    with torch.no_grad():
+        video = torch.cat([model.decode(x, piece) for piece in pieces], dim=1)  # (B, N, 3, H, W)
+    video.requires_grad_()
+    rewards = {name: torch.zeros(len(x), device=x.device) for name in terms}
+    for name, (weight, reward) in terms.items():
+        for view, share in views(reward, video, chunk):
+            value = reward(view, prompts)
+            good = value.shape == (len(x),) and value.requires_grad
+            need(good, f"reward {name!r} must return one number per video, ({len(x)},), with a gradient")
+            loss = (weight * share * value).sum()
+            (scale(loss) if scale else loss).backward()
+            rewards[name] += share * value.detach()
+    total = sum(weight * rewards[name] for name, (weight, _) in terms.items())
+    # d loss / d reward: -1 / B, and with a hinge nothing for the videos that reached the target
+    slope = torch.full_like(total, -1 / len(x)) * (1.0 if target is None else total < target)
+    v = video.grad * slope[:, None, None, None, None]
+    del video
+    x = x.detach().requires_grad_()
+    for piece, pull in zip(pieces, v.split(chunk, dim=1), strict=True):
+        model.decode(x, piece).backward(pull)
+    return {"reward": total} | rewards, x.grad
+
+
+def trained_steps(cfg: Config, generator) -> list[int]:
+    """Which K of the T sampling steps get a gradient."""
+    K, T = cfg.backprop_steps, cfg.num_inference_steps
+    if cfg.grad_steps == "random":
+        return sorted(torch.randperm(T, generator=generator)[:K].tolist())
+    if cfg.grad_steps == "spread" and K > 1:
+        return torch.linspace(0, T - 1, K).round().long().tolist()
+    return list(range(T - K, T))
+
+
+# SWAP: your gradient estimator.
+def walk_back(model, schedule: Schedule, latents, g, cond, uncond, trained, cfg: Config, kl_weight=0.0):
+    """Backward of `rollout`: accumulate LoRA gradients, one guidance branch of one trained step at a time.
+
+    latents: T + 1, (B, C, F, H, W); g: d loss / d latents[-1]; trained: step indices; kl_weight: as g scaled.
+    Through the step's input goes cfg.coupling of the gradient: 1 is exact (DRaFT-K), 0 detaches it (DRTune).
+    Returns the trained steps' mean squared change of output from the base model's (0 when kl_weight is 0).
+    """
+    change, w = 0.0, cfg.guidance_scale
+    branches = [(cond, w)] if w == 1 or cfg.detach_uncond else [(cond, w), (uncond, 1 - w)]
+    for i in range(len(schedule) - 1, min(trained) - 1, -1):
+        a, b, c = (float(table[i]) for table in (schedule.a, schedule.b, schedule.c))
+        if i not in trained:
+            g = a * g
+            continue
+        x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > min(trained))
+        for branch, share in branches:
+            f = model.denoise(c * x, schedule.t[i], branch)
+            pull = share * b * g
+            if kl_weight and branch is cond:
+                with torch.no_grad(), model.denoiser.disable_adapter():
+                    difference = f.detach() - model.denoise(c * x, schedule.t[i], branch)
+                pull = pull + kl_weight * 2 * difference / difference.numel()
+                change += difference.square().mean().item() / len(trained)
+            f.backward(pull)
+            del f  # before the next branch builds its graph
+        g = a * g if x.grad is None else a * g + cfg.coupling * x.grad
+    return change
+
+
+# ---- 6. Prompts and randomness -----------------------------------------------------------------------------
+
+
+def generator_for(*key) -> torch.Generator:
+    """A CPU generator seeded by a hash of the key: any draw can be made again without saved state."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# SWAP: your prompts.
+def read_prompts(path: str) -> list[str]:
+    """The prompts of a text file. Raises BadInput when it is missing, empty or not text."""
+    need(Path(path).is_file(), f"no prompt file {path}: give --prompts a text file, one prompt a line")
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise BadInput(f"{path} is not a text file: give one prompt a line, in UTF-8") from None
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    need(prompts, f"{path} holds no prompts: write one a line")
+    need("\0" not in "".join(prompts), f"{path} is not a text file: give one prompt a line, in UTF-8")
+    return prompts
+
+
+def split_prompts(cfg: Config) -> tuple[list[str], list[str]]:
+    """Prompts to train on, and held-out ones: --eval_prompts, else every tenth of --prompts."""
+    prompts = read_prompts(cfg.prompts)
+    if cfg.eval_prompts:
+        return prompts, read_prompts(cfg.eval_prompts)
+    need(len(prompts) > 1, f"{cfg.prompts} has one prompt and one is held back: add more, or --eval_prompts")
+    every = min(10, len(prompts))
+    return [p for i, p in enumerate(prompts, 1) if i % every], prompts[every - 1 :: every]
+
+
+def batch_prompts(prompts: list[str], cfg: Config, batch: int) -> list[str]:
+    """The prompts of the run's batch number `batch`: the file again and again, each time in a new order."""
+    chosen = []
+    for place in range(batch * cfg.batch_size, (batch + 1) * cfg.batch_size):
+        order = torch.randperm(
+            len(prompts), generator=generator_for(cfg.seed, "order", place // len(prompts))
+        )
+        chosen.append(prompts[order[place % len(prompts)]])
+    return chosen
+
+
+def pick_frames(cfg: Config, terms: dict, generator) -> list[int]:
+    """Frames to decode and score: random ones, or evenly spaced ones when a reward wants a clip."""
+    wanted = max(getattr(reward, "frames", 1) for _, reward in terms.values())
+    n = min(cfg.decode_frames or wanted, cfg.num_frames)
+    if wanted > 1:
+        return torch.linspace(0, cfg.num_frames - 1, n).round().long().tolist()
+    return sorted(torch.randperm(cfg.num_frames, generator=generator)[:n].tolist())
+
+
+def collate(conds: dict, prompts: list[str]) -> dict:
+    """The conditioning of a batch of prompts: every entry gets a batch dimension."""
+    return {name: torch.stack([conds[p][name] for p in prompts]) for name in conds[prompts[0]]}
+
+
+# ---- 7. Files and resume -----------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write):
+    """Call write(temporary path), then rename: a kill leaves the old file or the new, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name("tmp-" + path.name)
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def write_text(path: Path, text: str):
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def save_lora(model, folder: Path):
+    """Write the LoRA in PEFT's folder format, for `PeftModel.from_pretrained(pipe.unet, folder)`."""
+    with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
+        model.denoiser.save_pretrained(staging)
+        folder.mkdir(exist_ok=True)
+        for file in Path(staging).iterdir():
+            os.replace(file, folder / file.name)
+
+
+def read_metrics(out: Path, until=math.inf) -> list[dict]:
+    """The rows of metrics.jsonl up to an update; a last line that a kill cut short is left out."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    rows = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [row for row in rows if row["step"] <= until]
+
+
+def append_metrics(out: Path, row: dict):
+    with open(out / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def fresh_folder(out: Path):
+    """Make an output folder. Raises BadInput when it holds something."""
+    used = out.exists() and (not out.is_dir() or any(not f.name.startswith("tmp-") for f in out.iterdir()))
+    need(not used, f"{out} is not empty: give another --out, or remove it")
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def open_run(cfg: Config, write: bool) -> dict | None:
+    """Prepare the output folder of a training run; returns the checkpoint to go on from, if there is one.
+
+    Raises BadInput when the folder holds another run. `write` is for one rank only.
+    """
+    out, may_change = Path(cfg.out), ("resume", "steps", "eval_every", "save_every")
+    started = (out / "config.json").exists()
+    need(cfg.resume or not started, f"{out} holds a run: add --resume to go on with it, or another --out")
+    need(started or not cfg.resume, f"nothing to resume in {out}: leave out --resume, or give its --out")
+    if started:
+        stored = json.loads((out / "config.json").read_text())
+        now = {name: v for name, v in dataclasses.asdict(cfg).items() if name not in may_change}
+        other = [f"--{name} {stored.get(name)}" for name in now if stored.get(name) != now[name]]
+        need(
+            not other, f"{out} was started with {' '.join(other)}: resume it with that, or give another --out"
+        )
+    elif write:
+        fresh_folder(out)
+    file = out / "checkpoint" / "state.pt"
+    state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+    if write:
+        versions = {module.__name__: module.__version__ for module in (torch, diffusers, peft, transformers)}
+        write_text(
+            out / "config.json", json.dumps(dataclasses.asdict(cfg) | {"versions": versions}, indent=1)
+        )
+        kept = read_metrics(out, until=state["step"] if state else 0)  # newer rows will be made again
+        write_text(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+    return state
+
+
+# ---- 8. Loading, evaluation, page --------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """What all modes share. terms: {name: (weight, reward)}; conds: {prompt: conditioning}."""
+
+    cfg: Config
+    model: TextToVideoUNet
+    schedule: Schedule
+    terms: dict
+    conds: dict
+
+
+def load_run(cfg: Config, source: str, family: type, prompts: list[str], reward=None) -> Run:
+    """Load the rewards (or take yours), encode the prompts, then load the denoiser, its LoRA and the VAE."""
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
+    terms = {getattr(reward, "__name__", "custom"): (1.0, reward)}
+    if reward is None:
+        terms = make_terms(cfg.reward, cfg.device, dtype, cfg.reward_weights)
+    model = family(source, cfg.device, dtype)
+    schedule = model.schedule(cfg)
+    conds = model.encode([*prompts, ""])
+    model.load()
+    add_lora(model, cfg)
+    if cfg.checkpointing:
+        checkpoint_blocks(model.denoiser, family.checkpointed)
+        checkpoint_blocks(model.vae, ("ResnetBlock2D",))
+    return Run(cfg, model, schedule, terms, conds)
+
+
+def announce(run: Run, asked: str):
+    """Say what is about to run. asked: what --model was given."""
+    cfg, schedule = run.cfg, run.schedule
+    if asked == "auto":
+        print(
+            f"model: {cfg.model}, as there is {'a' if cfg.device == 'cuda' else 'no'} CUDA GPU (--model auto)"
+        )
+    if cfg.model == "tiny":
+        print("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
+    size = sum(p.numel() for p in lora_parameters(run.model).values()) / 1e6
+    print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {size:.2f} M LoRA weights, {cfg.reward}, {cfg.out}")
+    leverage = {i: schedule.leverage(i) for i in trained_steps(cfg, generator_for(cfg.seed))}
+    print(f"leverage of the trained steps of {len(schedule)}:", {i: round(v, 3) for i, v in leverage.items()})
+    if max(leverage.values()) < 0.05:
+        print(
+            "warning: leverage under 0.05, training will hardly move the video: --timestep_spacing trailing"
+        )
+
+
+def write_video(path: Path, video):
+    """video: (F, 3, H, W) float in [0, 1] -> an mp4 that browsers play, enlarged to at least 256 pixels."""
+    frames = (video.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+    zoom = max(1, math.ceil(256 / frames.shape[2]))
+    frames = frames.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, frames, plugin="FFMPEG", fps=8, codec="libx264", quality=9, macro_block_size=2)
+
+
+@torch.no_grad()
+def make_videos(run: Run, prompts: list[str], first=0):
+    """A whole video per prompt, (B, F, 3, H, W) float32 in [0, 1]; number `first` + n has noise n."""
+    cfg, model = run.cfg, run.model
+    draws = [generator_for(cfg.seed, "eval", first + n) for n in range(len(prompts))]
+    noise = torch.stack([torch.randn(model.latent_shape(cfg), generator=g) for g in draws]).to(model.device)
+    cond, uncond = collate(run.conds, prompts), collate(run.conds, [""] * len(prompts))
+    clean = rollout(model, run.schedule, noise, cond, uncond, cfg.guidance_scale, draws[0])[-1]
+    chunks = torch.arange(cfg.num_frames).split(cfg.decode_chunk)
+    return torch.cat([model.decode(clean, chunk.tolist()) for chunk in chunks], dim=1)
+
+
+@torch.no_grad()
+def evaluate(run: Run, prompts: list[str], folder: Path) -> dict:
+    """A video per prompt into `folder`, all frames scored: {"prompts", "reward", term: [one per video]}."""
+    size = run.cfg.batch_size
+    result = {"prompts": prompts, "reward": []} | {name: [] for name in run.terms}
+    for first in tqdm(range(0, len(prompts), size), desc=f"evaluate {folder.name}", leave=False):
+        batch = prompts[first : first + size]
+        videos = make_videos(run, batch, first)
+        total = 0
+        for name, (weight, reward) in run.terms.items():
+            value = sum(s * reward(view, batch) for view, s in views(reward, videos, run.cfg.decode_chunk))
+            result[name] += value.tolist()
+            total = total + weight * value
+        result["reward"] += total.tolist()
+        for n, video in enumerate(videos, first):
+            write_video(folder / f"{n:03d}.mp4", video)
+    return result
+
+
+def summary(base: list[float], tuned: list[float]) -> str:
+    """Mean reward before and after, and the paired difference with its standard error."""
+    gain = np.subtract(tuned, base)
+    error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
+    change = f"{gain.mean():+.3f}, standard error {error:.3f}, {len(gain)} videos, paired seeds"
+    return f"{np.mean(base):.3f} -> {np.mean(tuned):.3f} ({change})"
+
+
+def curve(rows: list[dict]) -> str:
+    """The reward over updates as SVG: grey dots for training batches, a red line for the held-out prompts."""
+    train = [(row["step"], row["reward"]) for row in rows if "reward" in row]
+    held = [(row["step"], float(np.mean(row["eval"]["reward"]))) for row in rows if "eval" in row]
+    values = [value for _, value in train + held if math.isfinite(value)]
+    low, high, last = min(values), max(values), max(step for step, _ in train + held) or 1
+
+    def place(series):
+        finite = [(step, value) for step, value in series if math.isfinite(value)]
+        return [(50 + 620 * s / last, 190 - 170 * (value - low) / ((high - low) or 1)) for s, value in finite]
+
+    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="#9ab"/>' for x, y in place(train))
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place(held))
+    text = f'<text x="2" y="24">{high:.3g}</text><text x="2" y="194">{low:.3g}</text>'
+    text += f'<text x="300" y="214">update 0 to {last}; red: held-out prompts</text>'
+    axes = '<path d="M50 15V190H680" fill="none" stroke="#888"/>'
+    line = f'<polyline points="{line}" fill="none" stroke="#c33" stroke-width="3"/>'
+    return f'<svg viewBox="0 0 690 220" width="690">{axes}{dots}{line}{text}</svg>'
+
+
+def write_page(out: Path, cfg: Config, base: dict, tuned: dict, folders: list[Path], rows):
+    """index.html: curve, and base | tuned videos of the same prompt and seed; comparison.png: six as stills.
+
+    base, tuned: results of `evaluate`; folders: theirs, inside out; rows: of metrics.jsonl, or empty.
+    """
+    pairs, strips = [], []
+    for n, prompt in enumerate(tuned["prompts"]):
+        files = [folder / f"{n:03d}.mp4" for folder in folders]
+        sources = [file.relative_to(out).as_posix() for file in files]
+        videos = "".join(f'<video src="{s}" autoplay loop muted playsinline></video>' for s in sources)
+        change = f"{base['reward'][n]:.3f} → <b>{tuned['reward'][n]:.3f}</b>"
+        pairs.append(f"<p>{html.escape(prompt)}: {change}</p>{videos}")
+        if n < 6:
+            films = [iio.imread(file, plugin="FFMPEG") for file in files]
+            stills = [f[np.linspace(0, len(f) - 1, 3).round().astype(int), ::2, ::2] for f in films]
+            gap = np.full((stills[0].shape[1], 12, 3), 255, np.uint8)
+            strips.append(np.concatenate([*stills[0], gap, *stills[1]], axis=1))
+    write_atomically(out / "comparison.png", lambda path: iio.imwrite(path, np.concatenate(strips)))
+    toy = "The tiny model and its toy rewards: these scores say nothing about real ones. "
+    body = f"""<!doctype html><meta charset="utf-8"><title>vader: {html.escape(cfg.reward)}</title>
+<style>body{{font:15px sans-serif;max-width:46em;margin:2em auto}}video{{width:48%;margin-right:1%}}</style>
+<h1>{html.escape(cfg.reward)} on {html.escape(cfg.model)}</h1>
+<p>{toy if cfg.model == "tiny" else ""}Reward: {summary(base["reward"], tuned["reward"])}</p>
+{curve(rows) if rows else ""}
+<h2>base | tuned</h2>
+{"".join(pairs)}"""
+    write_text(out / "index.html", body)
+
+
+# ---- 9. Training -------------------------------------------------------------------------------------------
+
+
+def micro_batch(run: Run, prompts: list[str], step: int, batch: int, scaler):
+    """Rollout, score, walk back for one batch of prompts: adds to the LoRA's gradients.
+
+    Returns {"reward" or term: (B,)} and the mean squared change from the base model (if kl_weight).
+    """
+    cfg, model, schedule = run.cfg, run.model, run.schedule
+    generator = generator_for(cfg.seed, step, batch)
+    noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=generator).to(model.device)
+    frames, trained = pick_frames(cfg, run.terms, generator), trained_steps(cfg, generator)
+    cond, uncond = collate(run.conds, prompts), collate(run.conds, [""] * len(prompts))
+    latents = rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale, generator)
+    x, target = latents[-1], cfg.reward_target
+    rewards, g = score(model, run.terms, x, prompts, frames, cfg.decode_chunk, target, scaler.scale)
+    kl_weight = cfg.kl_weight / cfg.grad_accum * scaler.get_scale()
+    g = g / cfg.grad_accum
+    return rewards, walk_back(model, schedule, latents, g, cond, uncond, trained, cfg, kl_weight)
+
+
+def average_gradients(parameters: list):
+    """Replace the LoRA's gradients by their mean over all ranks, in one message."""
+    flat = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        p.grad.copy_(part.view_as(p) / dist.get_world_size())
+
+
+# SWAP: your optimiser.
+def make_optimizer(cfg: Config, parameters: list):
+    if cfg.optimizer == "adamw8bit":
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+
+
+def update(run: Run, prompts: list[str], step: int, rank: int, world: int, optimizer, scaler) -> dict:
+    """One update: grad_accum batches on every rank, each with its own prompts and noise, then AdamW.
+
+    A gradient that is not finite changes nothing. Returns the row for metrics.jsonl.
+    """
+    cfg, start, kl = run.cfg, time.time(), 0.0
+    parameters = list(lora_parameters(run.model).values())
+    rewards = {name: [] for name in ("reward", *run.terms)}
+    optimizer.zero_grad()
+    for m in range(cfg.grad_accum):
+        batch = (step * cfg.grad_accum + m) * world + rank
+        values, change = micro_batch(run, batch_prompts(prompts, cfg, batch), step, batch, scaler)
+        kl += change / cfg.grad_accum
+        for name, value in values.items():
+            rewards[name] += value.tolist()
+    if world > 1:
+        average_gradients(parameters)
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
+    if math.isfinite(norm):
+        scaler.step(optimizer)
+    scaler.update()
+    memory = torch.cuda.max_memory_reserved() if cfg.device == "cuda" else psutil.Process().memory_info().rss
+    row = {"step": step + 1} | {name: float(np.mean(values)) for name, values in rewards.items()}
+    return row | {"grad_norm": norm, "kl": kl, "seconds": time.time() - start, "memory_gb": memory / 1e9}
+
+
+@contextlib.contextmanager
+def stop_on_interrupt():
+    """Inside, the first Ctrl-C fills the list, so the loop stops after its update; the second is at once."""
+    asked, before = [], signal.getsignal(signal.SIGINT)
+
+    def handler(number, frame):
+        asked.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        print("\nstopping after this update; Ctrl-C again stops at once", flush=True)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def train(cfg: Config, reward=None) -> list[dict]:
+    """Fine-tune a LoRA on cfg.reward, or on your own function (frames, prompts) -> (B,); see rewards.py.
+
+    Writes cfg.out and returns the rows of its metrics.jsonl. Raises BadInput, rewards.BadReward, and
+    FloatingPointError after ten updates in a row without a finite gradient.
+    """
+    # settings, ranks, output folder
+    asked = cfg
+    cfg, source, family = resolve(cfg, reward)
+    prompts, held_out = split_prompts(cfg)
+    eval_prompts = [held_out[n % len(held_out)] for n in range(cfg.eval_videos)]
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(hours=2))
+        if cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    main_rank, out = rank == 0, Path(cfg.out)
+    state = open_run(cfg, main_rank)
+
+    # model, optimiser, checkpoint
+    run = load_run(cfg, source, family, prompts + held_out, reward)
+    model, weights = run.model, lora_parameters(run.model)
+    optimizer = make_optimizer(cfg, list(weights.values()))
+    scaler = torch.amp.GradScaler(cfg.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
+    ema = {name: p.detach().clone() for name, p in weights.items()} if cfg.ema_decay else {}
+    first = skipped = in_a_row = 0
+    if state:
+        first, skipped = state["step"], state["skipped"]
+        model.denoiser.load_state_dict(state["lora"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        ema = {name: value.to(model.device) for name, value in state["ema"].items()}
+    evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
+    if main_rank:
+        announce(run, asked.model)
+
+    bar = tqdm(total=cfg.steps, initial=first, desc="train", disable=not main_rank)
+    with stop_on_interrupt() as interrupted:
+        for step in range(first, cfg.steps + 1):
+            # evaluate: before the first update, every eval_every, after the last
+            due = step % cfg.eval_every == 0 or step == cfg.steps
+            if due and main_rank and step not in evaluated:
+                folders = [out / "samples" / f"step_{s:06d}" for s in (0, step)]
+                with swapped(model, ema) if step else model.denoiser.disable_adapter():
+                    evaluated[step] = evaluate(run, eval_prompts, folders[1])
+                append_metrics(out, {"step": step, "eval": evaluated[step]})
+                write_page(out, cfg, evaluated[0], evaluated[step], folders, read_metrics(out))
+                change = summary(evaluated[0]["reward"], evaluated[step]["reward"])
+                bar.write(f"update {step}: held-out reward {change}")
+            if due and main_rank or interrupted:
+                with swapped(model, ema):
+                    save_lora(model, out / "lora")
+            if step == cfg.steps or interrupted:
+                break
+
+            row = update(run, prompts, step, rank, world, optimizer, scaler)
+            finite = math.isfinite(row["grad_norm"])
+            in_a_row, skipped = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
+            for name in ema if finite else ():
+                ema[name].lerp_(weights[name].detach(), 1 - cfg.ema_decay)
+            if in_a_row == 10:
+                batch = batch_prompts(prompts, cfg, ((step + 1) * cfg.grad_accum - 1) * world + rank)
+                where = f"update {step + 1}, prompt {batch[0]!r}, seed {cfg.seed}"
+                raise FloatingPointError(
+                    f"ten gradients in a row not finite, at {where}: lower --lr, or use fp32"
+                )
+            if main_rank:
+                append_metrics(out, row | {"skipped": skipped})
+            if main_rank and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or interrupted):
+                state = {"step": step + 1, "skipped": skipped, "ema": ema, "scaler": scaler.state_dict()}
+                state["lora"] = {name: p.detach() for name, p in weights.items()}
+                state["optimizer"] = optimizer.state_dict()
+                write_atomically(out / "checkpoint" / "state.pt", functools.partial(torch.save, state))
+            shown = ("reward", "grad_norm", "seconds", "memory_gb")
+            bar.set_postfix({name: f"{row[name]:.3g}" for name in shown}, refresh=False)
+            bar.update()
+    bar.close()
+    if main_rank and interrupted:
+        print(f"stopped and saved; go on with:  {shlex.join(['python', *sys.argv, '--resume'])}")
+    elif main_rank:
+        print(f"done: open {out / 'index.html'}; the LoRA is in {out / 'lora'}")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return read_metrics(out)
+
+
+# ---- 10. Sampling and scoring ------------------------------------------------------------------------------
+
+
+def sample(cfg: Config):
+    """--mode sample: a video per prompt with the LoRA, <out>/000.mp4 and on; prompts.json names them."""
+    cfg, source, family = resolve(cfg)
+    prompts, out = read_prompts(cfg.prompts), Path(cfg.out)
+    fresh_folder(out)
+    run = load_run(cfg, source, family, prompts, reward=sample)  # a stand-in: no reward is loaded
+    for first in tqdm(range(0, len(prompts), cfg.batch_size), desc="sample"):
+        for n, video in enumerate(make_videos(run, prompts[first : first + cfg.batch_size], first), first):
+            write_video(out / f"{n:03d}.mp4", video)
+    named = {f"{n:03d}.mp4": prompt for n, prompt in enumerate(prompts)}
+    write_text(out / "prompts.json", json.dumps(named, indent=1, ensure_ascii=False))
+    print(f"{len(prompts)} videos in {out}")
+
+
+def compare(cfg: Config):
+    """--mode eval: score base and tuned on every prompt, same seeds; writes eval.json, videos, index.html."""
+    asked = cfg.model
+    cfg, source, family = resolve(cfg)
+    prompts, out = read_prompts(cfg.prompts), Path(cfg.out)
+    fresh_folder(out)
+    run = load_run(cfg, source, family, prompts)
+    announce(run, asked)
+    with run.model.denoiser.disable_adapter():
+        base = evaluate(run, prompts, out / "base")
+    tuned = evaluate(run, prompts, out / "tuned")
+    write_text(
+        out / "eval.json", json.dumps({"config": dataclasses.asdict(cfg), "base": base, "tuned": tuned})
+    )
+    write_page(out, cfg, base, tuned, [out / "base", out / "tuned"], [])
+    for name in ("reward", *run.terms) if len(run.terms) > 1 else run.terms:
+        print(f"{name}: {summary(base[name], tuned[name])}")
+    print(f"done: open {out / 'index.html'}")
+
+
+def main(argv=None) -> int:
+    """Run the command line; the exit code is 0, or 2 after one line about bad input."""
+    try:
+        cfg = parse_args(argv)
+        {"sample": sample, "eval": compare}.get(cfg.mode, train)(cfg)
+    except (BadInput, BadReward) as error:
+        print(f"vader.py: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__" and "__file__" in globals():
+    sys.exit(main())
