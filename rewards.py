@@ -154,8 +154,15 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
 
 
 def make_terms(spec: str, device, dtype, weights=None) -> dict:
-    """Load the rewards of a weighted sum: {"name" or "name:arg": (weight, reward)}."""
+    """Load the rewards of a weighted sum: {"name" or "name:arg": (weight, reward)}. Raises BadReward."""
     terms = {}
     for weight, name, arg in parse(spec):
-        terms[name if arg is None else f"{name}:{arg}"] = (weight, REWARDS[name](device, dtype, arg, weights))
+        try:
+            reward = REWARDS[name](device, dtype, arg, weights)
+        except OSError as error:
+            problem = str(error).strip().splitlines()[0][:150]
+            raise BadReward(
+                f"can't load reward {name!r}: check the network, or --reward_weights ({problem})"
+            ) from None
+        terms[name if arg is None else f"{name}:{arg}"] = (weight, reward)
     return terms

@@ -718,7 +718,7 @@ def test_a_non_finite_gradient_skips_its_update(settings):
 
 
 def test_ten_non_finite_gradients_in_a_row_stop_the_run(settings):
-    with pytest.raises(FloatingPointError, match=r"at update 11, prompt 'a .*', seed 0"):
+    with pytest.raises(FloatingPointError, match=r"at update 10, prompt 'a .*', seed 0"):
         vader.train(
             dataclasses.replace(settings, steps=40, num_inference_steps=1, eval_videos=1),
             reward=broken_after(4),
@@ -836,6 +836,9 @@ def test_sums_are_read():
 
 def test_rewards_load_from_a_folder(tmp_path):
     with pytest.raises(rewards.BadReward, match="has no folder 'aesthetic'"):
+        rewards.make_terms("aesthetic", "cpu", torch.float32, str(tmp_path))
+    (tmp_path / "aesthetic").mkdir()
+    with pytest.raises(rewards.BadReward, match="can't load reward 'aesthetic'"):
         rewards.make_terms("aesthetic", "cpu", torch.float32, str(tmp_path))
     with pytest.raises(rewards.BadReward, match="unknown reward 'esthetics'"):
         rewards.make_terms("esthetics", "cpu", torch.float32)

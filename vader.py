@@ -209,9 +209,7 @@ def model_file(model: str, name: str) -> Path:
     except (hub.RepositoryNotFoundError, hub.HFValidationError, hub.RemoteEntryNotFoundError):
         problem = f"no pipeline {model!r} on the hub and no such folder: check the spelling of --model"
     except (hub.HfHubHTTPError, OSError):
-        problem = (
-            f"can't reach the hub for {model!r}: check the network, or use --model tiny, which needs none"
-        )
+        problem = f"can't reach the hub for {model!r}: check the network, or take --model tiny, needing none"
     raise BadInput(problem)
 
 
@@ -234,9 +232,8 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     device = ("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device
     model = ("modelscope" if device == "cuda" else "tiny") if cfg.model == "auto" else cfg.model
     if model not in PRESETS and not Path(model).is_dir() and "/" not in model:
-        raise BadInput(
-            f"unknown model {model!r}: did you mean {nearest(model, PRESETS)!r}? Or a hub id, or a folder"
-        )
+        near = nearest(model, PRESETS)
+        raise BadInput(f"unknown model {model!r}: did you mean {near!r}? A hub id or a folder will do too")
     preset = dict(zip(PRESET_FIELDS, PRESETS.get(model, PRESETS["modelscope"]), strict=True))
     source = preset.pop("source")
     source = source if model in PRESETS else model
@@ -263,9 +260,7 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     need(cfg.height % 8 == cfg.width % 8 == 0, "--height and --width must be multiples of 8")
     has_8bit = importlib.util.find_spec("bitsandbytes") or cfg.optimizer != "adamw8bit"
     need(has_8bit, "--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
-    need(
-        cfg.lora or cfg.mode == "train", f"--mode {cfg.mode} needs --lora: the lora folder of a training run"
-    )
+    need(cfg.lora or cfg.mode == "train", f"--mode {cfg.mode} needs --lora: a training run's lora folder")
     if reward is None:
         parse(cfg.reward)
     if cfg.lora:
@@ -292,10 +287,8 @@ def check_lora(folder: str, skeleton: torch.nn.Module):
     layers = dict(skeleton.named_modules())
     with safe_open(weights, "pt") as file:
         for key in file.keys():  # noqa: SIM118 (not a dict)
-            path, _, matrix = (
-                key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-            )
-            side = 1 if matrix == "A" else 0
+            path, _, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
+            side = 1 if matrix == "A.weight" else 0
             fits = path in layers and layers[path].weight.shape[side] == file.get_slice(key).get_shape()[side]
             need(fits, f"--lora {folder} was made for another model ({path} differs): give that --model")
 
@@ -455,10 +448,10 @@ def add_lora(model, cfg: Config):
     torch.manual_seed(cfg.seed)
     targets = [name.strip() for name in cfg.lora_targets.split(",")]
     config = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets)
-    config.base_model_name_or_path = cfg.model
     found = [n for n, _ in model.denoiser.named_modules() if any(f".{n}".endswith(f".{t}") for t in targets)]
     need(found, f"--lora_targets {cfg.lora_targets}: this model has no layers of such names")
     model.denoiser = peft.get_peft_model(model.denoiser, config)
+    config.base_model_name_or_path = cfg.model  # for whoever loads the LoRA; get_peft_model blanks it
 
 
 def lora_parameters(model) -> dict[str, torch.nn.Parameter]:
@@ -679,40 +672,39 @@ def append_metrics(out: Path, row: dict):
 
 
 def fresh_folder(out: Path):
-    """Make an output folder. Raises BadInput when it holds something."""
+    """Raises BadInput when an output folder holds something already."""
     used = out.exists() and (not out.is_dir() or any(not f.name.startswith("tmp-") for f in out.iterdir()))
     need(not used, f"{out} is not empty: give another --out, or remove it")
-    out.mkdir(parents=True, exist_ok=True)
 
 
-def open_run(cfg: Config, write: bool) -> dict | None:
-    """Prepare the output folder of a training run; returns the checkpoint to go on from, if there is one.
+def open_run(cfg: Config) -> dict | None:
+    """The checkpoint that a training run goes on from, if there is one. Writes nothing.
 
-    Raises BadInput when the folder holds another run. `write` is for one rank only.
+    Raises BadInput when the output folder holds another run, or something else.
     """
     out, may_change = Path(cfg.out), ("resume", "steps", "eval_every", "save_every")
     started = (out / "config.json").exists()
     need(cfg.resume or not started, f"{out} holds a run: add --resume to go on with it, or another --out")
     need(started or not cfg.resume, f"nothing to resume in {out}: leave out --resume, or give its --out")
-    if started:
-        stored = json.loads((out / "config.json").read_text())
-        now = {name: v for name, v in dataclasses.asdict(cfg).items() if name not in may_change}
-        other = [f"--{name} {stored.get(name)}" for name in now if stored.get(name) != now[name]]
-        need(
-            not other, f"{out} was started with {' '.join(other)}: resume it with that, or give another --out"
-        )
-    elif write:
-        fresh_folder(out)
+    if not started:
+        return fresh_folder(out)
+    stored = json.loads((out / "config.json").read_text())
+    now = {name: value for name, value in dataclasses.asdict(cfg).items() if name not in may_change}
+    other = " ".join(f"--{name} {stored.get(name)}" for name in now if stored.get(name) != now[name])
+    need(not other, f"{out} was started with {other}: resume it with that, or give another --out")
     file = out / "checkpoint" / "state.pt"
-    state = torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
-    if write:
-        versions = {module.__name__: module.__version__ for module in (torch, diffusers, peft, transformers)}
-        write_text(
-            out / "config.json", json.dumps(dataclasses.asdict(cfg) | {"versions": versions}, indent=1)
-        )
-        kept = read_metrics(out, until=state["step"] if state else 0)  # newer rows will be made again
-        write_text(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
-    return state
+    return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+
+
+def start_run(cfg: Config, step: int):
+    """Write config.json, and cut metrics.jsonl back to update `step`: newer rows will be made again."""
+    out = Path(cfg.out)
+    out.mkdir(parents=True, exist_ok=True)
+    versions = {module.__name__: module.__version__ for module in (torch, diffusers, peft, transformers)}
+    write_text(out / "config.json", json.dumps(dataclasses.asdict(cfg) | {"versions": versions}, indent=1))
+    write_text(
+        out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in read_metrics(out, until=step))
+    )
 
 
 # ---- 8. Loading, evaluation, page --------------------------------------------------------------------------
@@ -750,9 +742,7 @@ def announce(run: Run, asked: str):
     """Say what is about to run. asked: what --model was given."""
     cfg, schedule = run.cfg, run.schedule
     if asked == "auto":
-        print(
-            f"model: {cfg.model}, as there is {'a' if cfg.device == 'cuda' else 'no'} CUDA GPU (--model auto)"
-        )
+        print(f"model: {cfg.model}, as there is {'a' if cfg.device == 'cuda' else 'no'} CUDA GPU")
     if cfg.model == "tiny":
         print("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
     size = sum(p.numel() for p in lora_parameters(run.model).values()) / 1e6
@@ -760,9 +750,7 @@ def announce(run: Run, asked: str):
     leverage = {i: schedule.leverage(i) for i in trained_steps(cfg, generator_for(cfg.seed))}
     print(f"leverage of the trained steps of {len(schedule)}:", {i: round(v, 3) for i, v in leverage.items()})
     if max(leverage.values()) < 0.05:
-        print(
-            "warning: leverage under 0.05, training will hardly move the video: --timestep_spacing trailing"
-        )
+        print("warning: leverage under 0.05, training hardly moves the video: --timestep_spacing trailing")
 
 
 def write_video(path: Path, video):
@@ -891,6 +879,15 @@ def average_gradients(parameters: list):
         p.grad.copy_(part.view_as(p) / dist.get_world_size())
 
 
+def on_any_rank(flag, world: int) -> bool:
+    """True if flag is true on any rank, so that all stop at the same update."""
+    if world == 1:
+        return bool(flag)
+    count = torch.tensor(float(bool(flag)), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(count)
+    return count.item() > 0
+
+
 # SWAP: your optimiser.
 def make_optimizer(cfg: Config, parameters: list):
     if cfg.optimizer == "adamw8bit":
@@ -961,7 +958,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     main_rank, out = rank == 0, Path(cfg.out)
-    state = open_run(cfg, main_rank)
+    state = open_run(cfg)
 
     # model, optimiser, checkpoint
     run = load_run(cfg, source, family, prompts + held_out, reward)
@@ -969,16 +966,19 @@ def train(cfg: Config, reward=None) -> list[dict]:
     optimizer = make_optimizer(cfg, list(weights.values()))
     scaler = torch.amp.GradScaler(cfg.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
     ema = {name: p.detach().clone() for name, p in weights.items()} if cfg.ema_decay else {}
-    first = skipped = in_a_row = 0
+    first, skipped, in_a_row, stop = 0, 0, 0, False
     if state:
         first, skipped = state["step"], state["skipped"]
         model.denoiser.load_state_dict(state["lora"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         ema = {name: value.to(model.device) for name, value in state["ema"].items()}
-    evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
+    if world > 1:
+        dist.barrier()  # all have looked into the output folder
     if main_rank:
+        start_run(cfg, first)
         announce(run, asked.model)
+    evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
 
     bar = tqdm(total=cfg.steps, initial=first, desc="train", disable=not main_rank)
     with stop_on_interrupt() as interrupted:
@@ -993,10 +993,10 @@ def train(cfg: Config, reward=None) -> list[dict]:
                 write_page(out, cfg, evaluated[0], evaluated[step], folders, read_metrics(out))
                 change = summary(evaluated[0]["reward"], evaluated[step]["reward"])
                 bar.write(f"update {step}: held-out reward {change}")
-            if due and main_rank or interrupted:
+            if due and main_rank:
                 with swapped(model, ema):
                     save_lora(model, out / "lora")
-            if step == cfg.steps or interrupted:
+            if step == cfg.steps:
                 break
 
             row = update(run, prompts, step, rank, world, optimizer, scaler)
@@ -1007,12 +1007,11 @@ def train(cfg: Config, reward=None) -> list[dict]:
             if in_a_row == 10:
                 batch = batch_prompts(prompts, cfg, ((step + 1) * cfg.grad_accum - 1) * world + rank)
                 where = f"update {step + 1}, prompt {batch[0]!r}, seed {cfg.seed}"
-                raise FloatingPointError(
-                    f"ten gradients in a row not finite, at {where}: lower --lr, or use fp32"
-                )
+                raise FloatingPointError(f"ten gradients in a row not finite, at {where}; lower --lr")
             if main_rank:
                 append_metrics(out, row | {"skipped": skipped})
-            if main_rank and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or interrupted):
+            stop = on_any_rank(interrupted, world)
+            if main_rank and ((step + 1) % cfg.save_every == 0 or step + 1 == cfg.steps or stop):
                 state = {"step": step + 1, "skipped": skipped, "ema": ema, "scaler": scaler.state_dict()}
                 state["lora"] = {name: p.detach() for name, p in weights.items()}
                 state["optimizer"] = optimizer.state_dict()
@@ -1020,8 +1019,13 @@ def train(cfg: Config, reward=None) -> list[dict]:
             shown = ("reward", "grad_norm", "seconds", "memory_gb")
             bar.set_postfix({name: f"{row[name]:.3g}" for name in shown}, refresh=False)
             bar.update()
+            if stop and main_rank:
+                with swapped(model, ema):
+                    save_lora(model, out / "lora")
+            if stop:
+                break
     bar.close()
-    if main_rank and interrupted:
+    if main_rank and stop:
         print(f"stopped and saved; go on with:  {shlex.join(['python', *sys.argv, '--resume'])}")
     elif main_rank:
         print(f"done: open {out / 'index.html'}; the LoRA is in {out / 'lora'}")
@@ -1059,9 +1063,8 @@ def compare(cfg: Config):
     with run.model.denoiser.disable_adapter():
         base = evaluate(run, prompts, out / "base")
     tuned = evaluate(run, prompts, out / "tuned")
-    write_text(
-        out / "eval.json", json.dumps({"config": dataclasses.asdict(cfg), "base": base, "tuned": tuned})
-    )
+    result = {"config": dataclasses.asdict(cfg), "base": base, "tuned": tuned}
+    write_text(out / "eval.json", json.dumps(result))
     write_page(out, cfg, base, tuned, [out / "base", out / "tuned"], [])
     for name in ("reward", *run.terms) if len(run.terms) > 1 else run.terms:
         print(f"{name}: {summary(base[name], tuned[name])}")
@@ -1069,13 +1072,16 @@ def compare(cfg: Config):
 
 
 def main(argv=None) -> int:
-    """Run the command line; the exit code is 0, or 2 after one line about bad input."""
+    """Run the command line. The exit code is 0; after one line, 2 for bad input, 1 for lost gradients."""
     try:
         cfg = parse_args(argv)
         {"sample": sample, "eval": compare}.get(cfg.mode, train)(cfg)
     except (BadInput, BadReward) as error:
         print(f"vader.py: error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"vader.py: stopped: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -3,9 +3,9 @@
     python bench/speed.py                  # tiny model, 25 steps, 5 pairs
     python bench/speed.py --model modelscope --batch_size 1
 
-Both use the same model, noise, prompts, number of steps and guidance, and decode the same frames. Beyond that an
-update has the reward, one recomputed step with gradient, and AdamW. Prints seconds of each pair, and the ratio's
-median, lowest and highest.
+Both use the same model, noise, prompts, number of steps and guidance, and decode the same frames. Beyond that
+an update has the reward, one recomputed step with gradient, and AdamW. Prints seconds of each pair, and the
+ratio's median, lowest and highest.
 """
 
 import argparse
