@@ -652,7 +652,7 @@ def write_text(path: Path, text: str):
 def save_lora(model, folder: Path):
     """Write the LoRA in PEFT's folder format, for `PeftModel.from_pretrained(pipe.unet, folder)`."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
-        model.denoiser.save_pretrained(staging)
+        model.denoiser.save_pretrained(staging, save_embedding_layers=False)
         folder.mkdir(exist_ok=True)
         for file in Path(staging).iterdir():
             os.replace(file, folder / file.name)
@@ -802,23 +802,19 @@ def summary(base: list[float], tuned: list[float]) -> str:
 
 
 def curve(rows: list[dict]) -> str:
-    """The reward over updates as SVG: grey dots for training batches, a red line for the held-out prompts."""
-    train = [(row["step"], row["reward"]) for row in rows if "reward" in row]
+    """The reward over updates as SVG: grey for training batches, red for the held-out prompts."""
+    train = [(row["step"], row["reward"]) for row in rows if math.isfinite(row.get("reward", math.nan))]
     held = [(row["step"], float(np.mean(row["eval"]["reward"]))) for row in rows if "eval" in row]
-    values = [value for _, value in train + held if math.isfinite(value)]
-    low, high, last = min(values), max(values), max(step for step, _ in train + held) or 1
-
-    def place(series):
-        finite = [(step, value) for step, value in series if math.isfinite(value)]
-        return [(50 + 620 * s / last, 190 - 170 * (value - low) / ((high - low) or 1)) for s, value in finite]
-
-    dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2" fill="#9ab"/>' for x, y in place(train))
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in place(held))
+    steps, values = zip(*train, *held, strict=True)
+    low, high, last = min(values), max(values), max(steps) or 1
+    lines = ""
+    for series, colour in ((train, "#9ab"), (held, "#c33")):
+        points = [(50 + 620 * step / last, 190 - 170 * (v - low) / ((high - low) or 1)) for step, v in series]
+        drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        lines += f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="2"/>'
     text = f'<text x="2" y="24">{high:.3g}</text><text x="2" y="194">{low:.3g}</text>'
-    text += f'<text x="300" y="214">update 0 to {last}; red: held-out prompts</text>'
-    axes = '<path d="M50 15V190H680" fill="none" stroke="#888"/>'
-    line = f'<polyline points="{line}" fill="none" stroke="#c33" stroke-width="3"/>'
-    return f'<svg viewBox="0 0 690 220" width="690">{axes}{dots}{line}{text}</svg>'
+    text += f'<text x="200" y="212">update 0 to {last}; red: held-out prompts, grey: training</text>'
+    return f'<svg viewBox="0 0 690 220" width="690">{lines}{text}</svg>'
 
 
 def write_page(out: Path, cfg: Config, base: dict, tuned: dict, folders: list[Path], rows):
@@ -1073,6 +1069,9 @@ def compare(cfg: Config):
 
 def main(argv=None) -> int:
     """Run the command line. The exit code is 0; after one line, 2 for bad input, 1 for lost gradients."""
+    for library in (transformers, diffusers):  # their loading bars and reports of unused weights
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
     try:
         cfg = parse_args(argv)
         {"sample": sample, "eval": compare}.get(cfg.mode, train)(cfg)
