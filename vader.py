@@ -150,7 +150,7 @@ class Config:
 PRESET_FIELDS = ("source", "num_frames", "height", "width", "num_inference_steps", "guidance_scale")
 PRESET_FIELDS += ("steps", "eval_every", "lr", "batch_size", "grad_accum", "lora_rank")
 PRESETS = {
-    "tiny": (str(HERE / "tiny" / "t2v"), 8, 64, 64, 10, 4.0, 60, 30, 1e-3, 2, 1, 8),
+    "tiny": (str(HERE / "tiny" / "t2v"), 8, 64, 64, 10, 4.0, 50, 25, 1e-3, 2, 1, 8),
     "modelscope": ("ali-vilab/text-to-video-ms-1.7b", 16, 256, 256, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
     "zeroscope": ("cerspense/zeroscope_v2_576w", 24, 320, 576, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
 }
