@@ -137,10 +137,11 @@ def test_every_command_in_the_readme_parses():
         vader.parse_args(shlex.split(command))
 
 
-def test_importing_has_no_effect():
-    code = "import sys; sys.argv = ['x', '--nonsense']; import vader; print('quiet')"
+def test_importing_or_pasting_has_no_effect():
+    code = "import sys; sys.argv = ['x', '--nonsense']; import vader; exec(open('vader.py').read()); "
+    code += "print(resolve(Config(device='cpu'))[0].model)"  # names that the pasted text has defined
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
-    assert done.stdout == "quiet\n"
+    assert done.stdout == "tiny\n"
 
 
 def bad_inputs(folder: Path):

@@ -624,21 +624,22 @@ class Detector(nn.Module):
 
     def __init__(self):
         super().__init__()
-        sizes = [(3, 24, 2), (24, 48, 2), (48, 64, 2), (64, 64, 1)]
-        layers = [layer for i, o, stride in sizes for layer in (nn.Conv2d(i, o, 3, stride, 1), nn.ReLU())]
+        layers, sizes = [], [(3, 24, 2), (24, 48, 2), (48, 64, 2), (64, 96, 2), (96, 96, 1)]
+        for i, o, stride in sizes:
+            layers += [nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.ReLU()]
         self.frame = nn.Sequential(*layers)
-        self.where = nn.Sequential(nn.Conv2d(64, 4, 1), nn.Flatten(), nn.Linear(4 * 64, 32))
+        self.where = nn.Sequential(nn.Conv2d(96, 8, 1), nn.Flatten(), nn.Linear(8 * 16, 32))
         self.colour, self.thing = (
-            nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 6)) for _ in "ab"
+            nn.Sequential(nn.Linear(192, 96), nn.ReLU(), nn.Linear(96, 6)) for _ in "ab"
         )
         self.motion = nn.Sequential(nn.Linear(32 * FRAMES, 64), nn.ReLU(), nn.Linear(64, 4))
-        self.place = nn.Sequential(nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 4))
+        self.place = nn.Sequential(nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 4))
 
     def forward(self, video):
         """video: (n, 8, 3, 64, 64) -> logits (n, 6), (n, 6), (n, 4), (n, 4)."""
         n = video.shape[0]
         features = self.frame(video.flatten(0, 1) * 2 - 1)
-        pooled = torch.cat([features.amax((2, 3)), features.mean((2, 3))], 1).view(n, FRAMES, 128).mean(1)
+        pooled = torch.cat([features.amax((2, 3)), features.mean((2, 3))], 1).view(n, FRAMES, 192).mean(1)
         path = self.where(features).view(n, -1)
         return self.colour(pooled), self.thing(pooled), self.motion(path), self.place(pooled)
 
@@ -652,7 +653,7 @@ def train_detector(out: Path, updates: int, seed: int):
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, updates)
     for update in (bar := trange(updates, desc="detector")):
         combinations = pick(COMBINATIONS, 32, generator)
-        video, _, _ = draw(combinations, generator, full=update % 4 == 0)
+        video, _, _ = draw(combinations, generator, full=update % 8 == 7)
         labels = torch.tensor(combinations)
         losses = [F.cross_entropy(logits, labels[:, i]) for i, logits in enumerate(detector(video))]
         optimizer.zero_grad()
