@@ -119,7 +119,7 @@ class Config:
     detach_uncond: bool = False  # no gradient through the unconditional branch; half the walk back's time
     decode_frames: Count | None = None  # frames decoded and scored per update; default what the reward wants
     decode_chunk: Count = 1  # frames decoded at once; costs memory
-    checkpointing: bool = True  # recompute activations: a fifth of the memory for some more time
+    checkpointing: bool = True  # recompute activations: a third of the memory for some more time
     # the objective
     reward_target: float | None = None  # hinge: a video whose reward is above this gets no gradient
     kl_weight: NotNegative = 0.0  # pull to the base model: weight of the squared change of its output
