@@ -149,6 +149,8 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
             raise BadReward(
                 f"unknown reward {name!r}: did you mean {near!r}? There are: {', '.join(REWARDS)}"
             )
+        if (name, arg) in [known[1:] for known in terms]:
+            raise BadReward(f"{term.strip()!r} stands twice in --reward {spec!r}: give it one weight")
         terms.append((float(weight or 1), name, arg))
     return terms
 

@@ -830,6 +830,8 @@ def test_sums_are_read():
         (1.0, "colorful", None),
         (0.5, "aesthetic", "x y"),
     ]
+    with pytest.raises(rewards.BadReward, match="stands twice"):
+        rewards.parse("aesthetic + 2*aesthetic")
     for wrong in ("", "2*", "aesthetic colorful", "3"):
         with pytest.raises(rewards.BadReward, match="can't read"):
             rewards.parse(wrong)

@@ -618,6 +618,7 @@ def save_unet(out: Path, weights):
         unet=unet.half(),
         scheduler=make_scheduler(),
     )
+    pipeline.vae.register_to_config(_name_or_path="")  # else the config would name this machine's folder
     pipeline.save_pretrained(folder)
 
 
@@ -722,7 +723,6 @@ def measure(out: Path, samples: int, seed: int):
     print(
         f"aesthetic: rank correlation with the target {torch.corrcoef(ranks)[0, 1]:.3f} on 256 drawn pictures"
     )
-    return made, combinations
 
 
 def main():
