@@ -69,6 +69,7 @@ import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
+from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -119,7 +120,7 @@ class Config:
     detach_uncond: bool = False  # no gradient through the unconditional branch; half the walk back's time
     decode_frames: Count | None = None  # frames decoded and scored per update; default what the reward wants
     decode_chunk: Count = 1  # frames decoded at once; costs memory
-    checkpointing: bool = True  # recompute activations: a third of the memory for some more time
+    checkpointing: bool | None = None  # recompute activations: less memory, more time; default on a GPU
     # the objective
     reward_target: float | None = None  # hinge: a video whose reward is above this gets no gradient
     kl_weight: NotNegative = 0.0  # pull to the base model: weight of the squared change of its output
@@ -248,6 +249,7 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     label = getattr(reward, "__name__", "custom") if reward else cfg.reward
     label = re.sub(r"[^\w.]+", "-", f"{label}-{Path(model).name if '/' in model else model}").strip("-")
     preset["out"] = f"runs/{label}" if cfg.mode == "train" else f"runs/{cfg.mode}-{label}"
+    preset["checkpointing"] = device == "cuda"
     preset["lora_alpha"] = cfg.lora_rank or preset["lora_rank"]
     preset["reward_weights"] = str(HERE / "tiny" / "rewards") if model == "tiny" else None
     unset = {name: value for name, value in preset.items() if getattr(cfg, name) in (None, "auto")}
@@ -467,6 +469,20 @@ def swapped(model, weights):
         yield
     finally:
         model.denoiser.load_state_dict(own, strict=False)
+
+
+@contextlib.contextmanager
+def merged(model):
+    """Inside, the LoRA is added into the base weights and costs no time; after, these are bitwise as before."""
+    layers = [layer for layer in model.denoiser.modules() if isinstance(layer, LoraLayer)]
+    own = [layer.base_layer.weight.detach().clone() for layer in layers]
+    model.denoiser.merge_adapter()
+    try:
+        yield
+    finally:
+        model.denoiser.unmerge_adapter()
+        for layer, weight in zip(layers, own, strict=True):
+            layer.base_layer.weight.data.copy_(weight)
 
 
 # ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
@@ -859,7 +875,9 @@ def micro_batch(run: Run, prompts: list[str], step: int, batch: int, scaler):
     noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=generator).to(model.device)
     frames, trained = pick_frames(cfg, run.terms, generator), trained_steps(cfg, generator)
     cond, uncond = collate(run.conds, prompts), collate(run.conds, [""] * len(prompts))
-    latents = rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale, generator)
+    # half precision has no room for the LoRA's small changes, so there it stays beside the base weights
+    with merged(model) if cfg.dtype == "fp32" else contextlib.nullcontext():
+        latents = rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale, generator)
     x, target = latents[-1], cfg.reward_target
     rewards, g = score(model, run.terms, x, prompts, frames, cfg.decode_chunk, target, scaler.scale)
     kl_weight = cfg.kl_weight / cfg.grad_accum * scaler.get_scale()
