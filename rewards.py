@@ -4,23 +4,38 @@
     returns: (B,) float32, higher is better, one number per video, differentiable with respect to frames
 
 `reward.frames` says what it wants to see: 1 for an image reward (a mean over any frames), n for a clip of n
-evenly spaced frames. `arg` is what follows the colon in `--reward name:arg`. `weights` is None for the
-published weights, or a folder that holds one sub-folder per reward, in the same file formats.
+evenly spaced frames, "all" for every frame. `arg` is what follows the colon in `--reward name:arg`. `weights`
+is None for the published weights, or a folder that holds one sub-folder per reward, in the same file formats.
+Two more are optional: `reward.report`, {name: (B,)} figures of the last call to log beside the reward, and
+`reward.check(prompts)`, called once before training, which raises BadReward when it can't work with them.
 
 Your own reward: write `make_mine` by imitating `make_colorful`, and add one line to REWARDS at the end.
 """
 
 import difflib
+import functools
 import re
 from pathlib import Path
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import nn
-from transformers import CLIPVisionModelWithProjection
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    VJEPA2Model,
+    YolosConfig,
+    YolosForObjectDetection,
+)
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class BadReward(ValueError):
@@ -30,17 +45,53 @@ class BadReward(ValueError):
 # ---- 1. Shared pieces --------------------------------------------------------------------------------------
 
 
-def preprocess(frames, size, mean, std):
-    """Squash (..., 3, H, W) in [0, 1] to (n, 3, size, size), bicubic with antialiasing, and normalise."""
-    pictures = frames.flatten(0, -4).float()
-    if pictures.shape[-2:] != (size, size):
-        pictures = F.interpolate(pictures, (size, size), mode="bicubic", antialias=True).clamp(0, 1)
+def exact(x):
+    """float32, or float64 if it is that already: half precision is for the inside of networks only."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def preprocess(frames, size, mean, std, short_side=False, crop=None, mode="bicubic"):
+    """Frames as a network wants them: resized with antialiasing, cropped, normalised; differentiable.
+
+    frames: (..., 3, H, W) in [0, 1] -> (n, 3, h, w). size: (h, w) to squash to, or an int for a square; with
+    short_side it is the shorter side's, and the shape is kept. crop: side of a square cut from the middle.
+    """
+    pictures = exact(frames).flatten(0, -4)
+    height, width = pictures.shape[-2:]
+    if short_side:
+        ratio = max(height, width) / min(height, width)
+        size = (size, int(size * ratio)) if height <= width else (int(size * ratio), size)
+    size = (size, size) if isinstance(size, int) else size
+    if (height, width) != size:
+        pictures = F.interpolate(pictures, size, mode=mode, antialias=True).clamp(0, 1)
+    if crop:
+        top, left = (size[0] - crop) // 2, (size[1] - crop) // 2
+        pictures = pictures[..., top : top + crop, left : left + crop]
     mean, std = (torch.tensor(values, device=pictures.device)[:, None, None] for values in (mean, std))
     return (pictures - mean) / std
 
 
-def frozen(network, device, dtype):
-    """Eval mode and no weight gradients: the gradient goes through a reward, never into it."""
+def checkpoint_blocks(network: nn.Module, classes: tuple[str, ...]):
+    """Recompute the activations of every block of these classes in the backward pass (Chen et al. 2016).
+
+    diffusers has no such switch for UNet3DConditionModel; for others, its switch leaves out the attention;
+    transformers' works in training mode only.
+    """
+
+    def recomputed(forward, *args, **kwargs):
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    for module in network.modules():
+        if type(module).__name__ in classes:
+            module.forward = functools.partial(recomputed, module.forward)
+
+
+def frozen(network, device, dtype, blocks=()):
+    """Eval mode, no weight gradients (the gradient goes through a reward, never into it), checkpointed."""
+    if str(device).startswith("cuda"):
+        checkpoint_blocks(network, blocks)
     return network.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -54,6 +105,15 @@ def source(weights, name, hub):
     return str(folder)
 
 
+def pick_label(names, wanted: str, what: str) -> int:
+    """Index of a label by its name, upper or lower case. names: {index: name}. Raises BadReward."""
+    numbers = {name.lower(): int(number) for number, name in names.items()}
+    if wanted.lower() not in numbers:
+        near = ", ".join(difflib.get_close_matches(wanted.lower(), numbers, n=4, cutoff=0))
+        raise BadReward(f"no {what} {wanted!r} among the model's {len(numbers)}; the nearest are: {near}")
+    return numbers[wanted.lower()]
+
+
 # ---- 2. Image rewards --------------------------------------------------------------------------------------
 
 
@@ -62,16 +122,9 @@ class AestheticHead(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(width, 1024),
-            nn.Dropout(0.2),
-            nn.Linear(1024, 128),
-            nn.Dropout(0.2),
-            nn.Linear(128, 64),
-            nn.Dropout(0.1),
-            nn.Linear(64, 16),
-            nn.Linear(16, 1),
-        )
+        first = [nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2)]
+        last = [nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)]
+        self.layers = nn.Sequential(*first, *last)
 
     def forward(self, embedding):
         return self.layers(embedding)
@@ -82,24 +135,132 @@ def make_aesthetic(device, dtype, arg=None, weights=None):
 
     Source: github.com/christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE`.
     """
-    folder = source(weights, "aesthetic", None)
+    folder, name = source(weights, "aesthetic", None), "aesthetic-model.pth"
+    path = Path(folder) / name if folder else hf_hub_download("trl-lib/ddpo-aesthetic-predictor", name)
     clip = CLIPVisionModelWithProjection.from_pretrained(
         folder or "openai/clip-vit-large-patch14", dtype=dtype
     )
-    head_file = "aesthetic-model.pth"
-    path = (
-        Path(folder) / head_file if folder else hf_hub_download("trl-lib/ddpo-aesthetic-predictor", head_file)
-    )
     head = AestheticHead(clip.config.projection_dim)
     head.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    clip, head = frozen(clip, device, dtype), frozen(head, device, torch.float32)
+    clip = frozen(clip, device, dtype, ("CLIPEncoderLayer",))
+    head = frozen(head, device, torch.promote_types(dtype, torch.float32))
 
     def reward(frames, prompts):
         pixels = preprocess(frames, clip.config.image_size, CLIP_MEAN, CLIP_STD)  # (B * N, 3, S, S)
-        embedding = F.normalize(
-            clip(pixel_values=pixels.to(dtype)).image_embeds.float(), dim=-1
-        )  # (B * N, D)
-        return head(embedding).view(frames.shape[:2]).mean(1)
+        embedding = exact(clip(pixel_values=pixels.to(dtype)).image_embeds)  # (B * N, D)
+        return head(F.normalize(embedding, dim=-1)).view(frames.shape[:2]).mean(1)
+
+    reward.frames = 1
+    return reward
+
+
+def image_text_reward(embed_image, embed_text):
+    """Cosine of each frame's embedding and its own prompt's, averaged over frames; texts are embedded once.
+
+    embed_image: (B, N, 3, H, W) -> (B * N, D); embed_text: a prompt -> (1, D).
+    """
+    known = {}
+
+    def reward(frames, prompts):
+        with torch.no_grad():
+            known.update({p: F.normalize(exact(embed_text(p)), dim=-1) for p in {*prompts} - known.keys()})
+        texts = torch.stack([known[p] for p in prompts])  # (B, 1, D)
+        images = F.normalize(exact(embed_image(frames)), dim=-1).unflatten(0, frames.shape[:2])  # (B, N, D)
+        return (images * texts).sum(-1).mean(1)
+
+    reward.frames = 1
+    return reward
+
+
+def load_clip(model, text_model, device, dtype):
+    """A transformers CLIP: the model, (n, 3, S, S) -> (n, D), and a prompt -> (1, D)."""
+    clip = frozen(CLIPModel.from_pretrained(model, dtype=dtype), device, dtype, ("CLIPEncoderLayer",))
+    tokenizer = CLIPTokenizer.from_pretrained(text_model)
+
+    def embed_image(pixels):
+        return clip.visual_projection(clip.vision_model(pixel_values=pixels.to(dtype)).pooler_output)
+
+    def embed_text(prompt):
+        length = clip.config.text_config.max_position_embeddings
+        fill = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+        return clip.text_projection(clip.text_model(**tokenizer(prompt, **fill).to(device)).pooler_output)
+
+    return clip, embed_image, embed_text
+
+
+def make_clip(device, dtype, arg=None, weights=None):
+    """Cosine of frame and prompt by CLIP (Radford et al. 2021), -1 to 1. arg: a hub id, else ViT-L/14."""
+    model = source(weights, "clip", arg or "openai/clip-vit-large-patch14")
+    clip, embed_image, embed_text = load_clip(model, model, device, dtype)
+    size = clip.config.vision_config.image_size
+    return image_text_reward(lambda f: embed_image(preprocess(f, size, CLIP_MEAN, CLIP_STD)), embed_text)
+
+
+def make_pickscore(device, dtype, arg=None, weights=None):
+    """PickScore (Kirstain et al. 2023): exp(logit scale) x cosine / 100, about 0.2."""
+    model = source(weights, "pickscore", "yuvalkirstain/PickScore_v1")
+    text_model = source(weights, "pickscore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
+    clip, embed_image, embed_text = load_clip(model, text_model, device, dtype)
+    size, scale = clip.config.vision_config.image_size, exact(clip.logit_scale).exp() / 100
+
+    def prepared(frames):
+        return embed_image(preprocess(frames, size, CLIP_MEAN, CLIP_STD, short_side=True, crop=size))
+
+    cosine = image_text_reward(prepared, embed_text)
+
+    def reward(frames, prompts):
+        return scale * cosine(frames, prompts)
+
+    reward.frames = 1
+    return reward
+
+
+def make_hps(device, dtype, arg=None, weights=None):
+    """HPSv2 (Wu et al. 2023): cosine of frame and prompt, about 0.2 to 0.35. arg: 2.1 (default) or 2.0.
+
+    Source: github.com/tgxs002/HPSv2. A folder may bring an open_clip_config.json, else it is a ViT-H-14.
+    """
+    files = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
+    if (arg or "2.1") not in files:
+        raise BadReward(f"no HPS version {arg!r}: there are hps:2.1 (as plain hps) and hps:2.0")
+    folder, file = source(weights, "hps", None), files[arg or "2.1"]
+    path = Path(folder) / file if folder else hf_hub_download("xswu/HPSv2", file)
+    own = folder and (Path(folder) / "open_clip_config.json").exists()
+    name = f"local-dir:{folder}" if own else "ViT-H-14"
+    clip = open_clip.create_model(name, load_weights=False)
+    clip.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
+    clip, tokenizer = frozen(clip, device, dtype, ("ResidualAttentionBlock",)), open_clip.get_tokenizer(name)
+
+    def embed_image(frames):
+        size = clip.visual.image_size
+        size = size if isinstance(size, int) else size[0]
+        return clip.encode_image(preprocess(frames, size, CLIP_MEAN, CLIP_STD).to(dtype))
+
+    return image_text_reward(embed_image, lambda prompt: clip.encode_text(tokenizer([prompt]).to(device)))
+
+
+def make_remove(device, dtype, arg=None, weights=None):
+    """Minus how much of an object YOLOS (Fang et al. 2021) sees in a frame, from 0 down. arg: a COCO name.
+
+    Sum over queries of p sigmoid((p - 0.2) / 0.05), p being the object's softmax probability: a faint
+    detection counts for little and still has a gradient. Reports the detections above 0.2 as `count`.
+    """
+    model = source(weights, "remove", "hustvl/yolos-base")
+    config = YolosConfig.from_pretrained(model)
+    number = pick_label(config.id2label, arg or "", "object")
+    yolos = YolosForObjectDetection.from_pretrained(model, dtype=dtype)
+    yolos = frozen(yolos, device, dtype, ("YolosLayer",))
+    side = min(512, config.image_size[0])
+
+    def reward(frames, prompts):
+        height, width = frames.shape[-2:]
+        short = min(side, 1333 * min(height, width) / max(height, width))  # the longer side is at most 1333
+        size = [int(short * s / min(height, width)) // 16 * 16 for s in (height, width)]
+        pixels = preprocess(frames, tuple(size), IMAGENET_MEAN, IMAGENET_STD, mode="bilinear")
+        p = exact(yolos(pixel_values=pixels.to(dtype)).logits).softmax(-1)[..., number]  # (B * N, queries)
+        seen = (p * torch.sigmoid((p - 0.2) / 0.05)).sum(-1)
+        reward.report = {"count": (p > 0.2).sum(-1).view(frames.shape[:2]).float().mean(1)}
+        return -seen.view(frames.shape[:2]).mean(1)
 
     reward.frames = 1
     return reward
@@ -109,7 +270,7 @@ def make_colorful(device, dtype, arg=None, weights=None):
     """Colourfulness M3 of Hasler & Suesstrunk 2003 / 100: 0 is grey, 1 extremely colourful. No network."""
 
     def reward(frames, prompts):
-        r, g, b = (255 * frames.float()).flatten(3).unbind(2)  # each (B, N, H * W)
+        r, g, b = (255 * exact(frames)).flatten(3).unbind(2)  # each (B, N, H * W)
         rg, yb = r - g, (r + g) / 2 - b
         # the small number keeps the square root's slope finite on a grey frame
         spread = (rg.var(-1, correction=0) + yb.var(-1, correction=0) + 1e-6).sqrt()
@@ -120,12 +281,207 @@ def make_colorful(device, dtype, arg=None, weights=None):
     return reward
 
 
-# ---- 3. Names and weighted sums ----------------------------------------------------------------------------
+# the luminance quantisation table of the JPEG standard (ITU-T T.81, table K.1), at quality 50
+JPEG_TABLE = """
+16 11 10 16 24 40 51 61  12 12 14 19 26 58 60 55  14 13 16 24 40 57 69 56  14 17 22 29 51 87 80 62
+18 22 37 56 68 109 103 77  24 35 55 64 81 104 113 92  49 64 78 87 103 121 120 101  72 92 95 98 112 100 103 99
+"""
+
+
+def make_compressible(device, dtype, arg=None, weights=None):
+    """Minus the estimated size of a frame as JPEG, in kB: bits of its quantised 8 x 8 DCT, no network.
+
+    A coefficient c in steps of q counts log2(1 + |c / q|), rounding left out; luminance, and both chroma
+    planes at half resolution. 2.2 bits each and 0.6 kB of headers fit photographs at quality 50.
+    """
+    n = torch.arange(8.0)
+    dct = torch.cos((2 * n + 1) * n[:, None] * torch.pi / 16) / 2
+    dct[0] /= 2**0.5
+    table = torch.tensor([float(q) for q in JPEG_TABLE.split()]).view(8, 8)
+    # RGB to luminance, blue and red difference (ITU-T T.871)
+    matrix = [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
+
+    def bits(plane):
+        """plane: (n, H, W), 0 to 255 -> (n,) bits."""
+        height, width = plane.shape[-2] // 8 * 8, plane.shape[-1] // 8 * 8
+        blocks = plane[:, :height, :width].unflatten(1, (-1, 8)).unflatten(3, (-1, 8)).transpose(2, 3)
+        rows = dct.to(plane)
+        coefficients = rows @ (blocks - 128) @ rows.T / table.to(plane)  # (n, H / 8, W / 8, 8, 8)
+        return torch.log2(1 + coefficients.abs()).flatten(1).sum(1)
+
+    def reward(frames, prompts):
+        pictures = 255 * exact(frames).flatten(0, 1)
+        planes = torch.einsum("yc,nchw->nyhw", torch.tensor(matrix).to(pictures), pictures)
+        chroma = F.avg_pool2d(planes[:, 1:] + 128, 2)
+        size = bits(planes[:, 0]) + bits(chroma[:, 0]) + bits(chroma[:, 1])
+        return -(0.6 + 2.2 * size / 8000).view(frames.shape[:2]).mean(1)
+
+    reward.frames = 1
+    return reward
+
+
+# ---- 3. Clip rewards ---------------------------------------------------------------------------------------
+
+
+def make_action(device, dtype, arg=None, weights=None):
+    """Log probability of an action by VideoMAE (Tong et al. 2022), from 0 down. arg: a Kinetics-400 name.
+
+    Without arg each prompt must hold the name of an action; the longest counts. Reports `probability`.
+    """
+    model = source(weights, "action", "MCG-NJU/videomae-base-finetuned-kinetics")
+    config = VideoMAEConfig.from_pretrained(model)
+    fixed = None if arg is None else pick_label(config.id2label, arg, "action")
+    network = VideoMAEForVideoClassification.from_pretrained(model, dtype=dtype)
+    network, size = frozen(network, device, dtype, ("VideoMAELayer",)), config.image_size
+
+    def label_of(prompt):
+        held = [name for name in config.id2label.values() if name.lower() in prompt.lower()]
+        if not held:
+            near = difflib.get_close_matches(prompt, config.id2label.values(), n=3, cutoff=0)
+            near = ", ".join(near)
+            raise BadReward(f"prompt {prompt!r} names no action; give one, as in action:{near} (the nearest)")
+        return max(held, key=len)
+
+    def check(prompts):
+        for prompt in dict.fromkeys(prompts) if fixed is None else ():
+            print(f"action: {label_of(prompt)!r} in {prompt!r}")
+
+    def reward(frames, prompts):
+        labels = [
+            pick_label(config.id2label, label_of(p), "action") if fixed is None else fixed for p in prompts
+        ]
+        crop = dict(short_side=True, crop=size, mode="bilinear")
+        pixels = preprocess(frames, size, IMAGENET_MEAN, IMAGENET_STD, **crop).unflatten(0, frames.shape[:2])
+        logits = exact(network(pixel_values=pixels.to(dtype)).logits)  # (B, labels)
+        value = logits.log_softmax(-1)[torch.arange(len(prompts)), labels]
+        reward.report = {"probability": value.detach().exp()}
+        return value
+
+    reward.frames, reward.check = config.num_frames, check
+    return reward
+
+
+def jepa_masks(time: int, height: int, width: int, blocks: int, area: float, generator):
+    """V-JEPA's mask: `blocks` rectangles, each `area` of a frame, aspect 0.75 to 1.5, through all of time.
+
+    Returns token indices (context,), (target,) of a clip of time x height x width tokens; neither is empty.
+    """
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    for _ in range(blocks):
+        aspect = 0.75 + 0.75 * torch.rand((), generator=generator).item()
+        h = min(max(round((area * height * width * aspect) ** 0.5), 1), height)
+        w = min(max(round((area * height * width / aspect) ** 0.5), 1), width)
+        top = int(torch.randint(height - h + 1, (), generator=generator))
+        left = int(torch.randint(width - w + 1, (), generator=generator))
+        inside[top : top + h, left : left + w] = True
+    if inside.all():
+        inside[0, 0] = False
+    everywhere = inside.expand(time, -1, -1).flatten()
+    return (~everywhere).nonzero()[:, 0], everywhere.nonzero()[:, 0]
+
+
+def jepa_context(model, pixels, context):
+    """Encoder features (B, C, D) of the context tokens (C,) alone: the others are dropped before any layer.
+
+    `VJEPA2Model.forward` drops them after the encoder, when the context has seen them.
+    pixels: (B, N, 3, S, S) normalised.
+    """
+    hidden = model.encoder.embeddings(pixels)[:, context]
+    for layer in model.encoder.layer:
+        hidden = layer(hidden, context.expand(len(pixels), -1))[0]
+    return model.encoder.layernorm(hidden)
+
+
+def jepa_loss(model, pixels, context, target, teacher=None):
+    """V-JEPA's loss (Bardes et al. 2024, eq. 1) of each clip, (B,): L1 of predicted and true features.
+
+    The true ones are layer-normed features of the full clip, without gradient, by `teacher` (default: model).
+    pixels: (B, N, 3, S, S) normalised; context, target: token indices.
+    """
+    batch, seen = len(pixels), jepa_context(model, pixels, context)
+    # the predictor picks the context out of a whole clip of features
+    features = seen.new_zeros(batch, len(context) + len(target), seen.shape[-1]).index_copy(1, context, seen)
+    rows = ([context.expand(batch, -1)], [target.expand(batch, -1)])
+    predicted = model.predictor(features, *rows).last_hidden_state
+    with torch.no_grad():
+        true = (teacher or model).encoder(pixels).last_hidden_state[:, target]
+    predicted, true = exact(predicted), exact(true)
+    return (predicted - F.layer_norm(true, true.shape[-1:])).abs().mean((1, 2))
+
+
+def make_vjepa(device, dtype, arg=None, weights=None):
+    """Minus V-JEPA 2's own masked prediction loss (Assran et al. 2025), from 0 down: how plausible a clip is.
+
+    Averaged over two short-range masks (8 blocks of 15 %) and two long-range ones (2 of 70 %), the same ones
+    at every call. Wants all frames (an odd last one is left out); --decode_frames 16 bounds what that costs.
+    """
+    model = VJEPA2Model.from_pretrained(
+        source(weights, "vjepa", "facebook/vjepa2-vitl-fpc64-256"), dtype=dtype
+    )
+    model = frozen(model, device, dtype, ("VJEPA2Layer",))
+    side, patch, tube = model.config.crop_size, model.config.patch_size, model.config.tubelet_size
+
+    def reward(frames, prompts):
+        n = frames.shape[1] // tube * tube
+        crop = dict(short_side=True, crop=side, mode="bilinear")
+        pixels = preprocess(frames[:, :n], side * 256 // 224, IMAGENET_MEAN, IMAGENET_STD, **crop)
+        pixels = pixels.unflatten(0, (len(frames), n)).to(dtype)
+        generator, losses = torch.Generator().manual_seed(0), []
+        for blocks, area in [(8, 0.15), (2, 0.7)] * 2:
+            masks = jepa_masks(n // tube, side // patch, side // patch, blocks, area, generator)
+            losses.append(jepa_loss(model, pixels, *(mask.to(frames.device) for mask in masks)))
+        return -torch.stack(losses).mean(0)
+
+    reward.frames = "all"
+    return reward
+
+
+def coarse(frames):
+    """(B, N, 3, H, W) -> (B, N, 3, 16, 16) by averaging: what moves, without fine texture."""
+    return F.adaptive_avg_pool2d(exact(frames).flatten(0, 1), 16).unflatten(0, frames.shape[:2])
+
+
+def make_smooth(device, dtype, arg=None, weights=None):
+    """Minus how jerky a clip is: its mean squared second difference in time over the first's, no network.
+
+    At 16 x 16 pixels. 0 is still or steady; independent random frames are at -3.
+    """
+
+    def reward(frames, prompts):
+        first = coarse(frames).diff(dim=1)
+        second = first.diff(dim=1)
+        # the small number is a change of 1/100 of the range: less than that is still
+        return -second.square().mean((1, 2, 3, 4)) / (first.square().mean((1, 2, 3, 4)) + 1e-4)
+
+    reward.frames = "all"
+    return reward
+
+
+def make_dynamic(device, dtype, arg=None, weights=None):
+    """How much moves: mean absolute difference of neighbouring frames at 16 x 16, in percent. No network."""
+
+    def reward(frames, prompts):
+        return 100 * coarse(frames).diff(dim=1).abs().mean((1, 2, 3, 4))
+
+    reward.frames = "all"
+    return reward
+
+
+# ---- 4. Names and weighted sums ----------------------------------------------------------------------------
 
 # SWAP: your reward. Name it here, and `--reward name`, `--reward "name:arg"` and sums with it work.
 REWARDS = {
     "aesthetic": make_aesthetic,
+    "clip": make_clip,
+    "hps": make_hps,
+    "pickscore": make_pickscore,
+    "remove": make_remove,
+    "action": make_action,
+    "vjepa": make_vjepa,
+    "smooth": make_smooth,
+    "dynamic": make_dynamic,
     "colorful": make_colorful,
+    "compressible": make_compressible,
 }
 
 
@@ -134,15 +490,11 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
 
     Raises BadReward, naming the nearest reward, when a name is unknown or a term can't be read.
     """
-    terms = []
+    terms, shape = [], r"\s*(?:(-?\d+(?:\.\d*)?|-?\.\d+)\s*\*)?\s*([A-Za-z_]\w*)\s*(?::\s*(.*\S))?\s*"
     for term in spec.split("+"):
-        found = re.fullmatch(
-            r"\s*(?:(-?\d+(?:\.\d*)?|-?\.\d+)\s*\*)?\s*([A-Za-z_]\w*)\s*(?::\s*(.*\S))?\s*", term
-        )
+        found, said = re.fullmatch(shape, term), term.strip()
         if not found:
-            raise BadReward(
-                f'can\'t read {term.strip()!r} in --reward {spec!r}: write it like "aesthetic + 0.5*colorful"'
-            )
+            raise BadReward(f'can\'t read {said!r} in --reward {spec!r}: write "aesthetic + 0.5*colorful"')
         weight, name, arg = found.groups()
         if name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0)[0]
@@ -150,7 +502,9 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
                 f"unknown reward {name!r}: did you mean {near!r}? There are: {', '.join(REWARDS)}"
             )
         if (name, arg) in [known[1:] for known in terms]:
-            raise BadReward(f"{term.strip()!r} stands twice in --reward {spec!r}: give it one weight")
+            raise BadReward(f"{said!r} stands twice in --reward {spec!r}: give it one weight")
+        if name == "remove" and not arg:
+            raise BadReward("remove needs an object: --reward remove:book")
         terms.append((float(weight or 1), name, arg))
     return terms
 
@@ -163,8 +517,7 @@ def make_terms(spec: str, device, dtype, weights=None) -> dict:
             reward = REWARDS[name](device, dtype, arg, weights)
         except OSError as error:
             problem = str(error).strip().splitlines()[0][:150]
-            raise BadReward(
-                f"can't load reward {name!r}: check the network, or --reward_weights ({problem})"
-            ) from None
+            said = f"can't load reward {name!r}: check the network, or --reward_weights ({problem})"
+            raise BadReward(said) from None
         terms[name if arg is None else f"{name}:{arg}"] = (weight, reward)
     return terms

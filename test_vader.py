@@ -5,6 +5,7 @@ test is a comparison. They run on a small random model in ModelScope's layout, a
 """
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -17,20 +18,34 @@ import sys
 import weakref
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
+import open_clip
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (
+    CLIPConfig,
     CLIPImageProcessor,
+    CLIPModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    VideoMAEImageProcessor,
+    VJEPA2Config,
+    VJEPA2Model,
+    VJEPA2VideoProcessor,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessor,
 )
 
 import rewards
@@ -862,34 +877,269 @@ def drawn(n, full=True, seed=123):
     return make.draw(make.pick(make.UNSEEN, n, generator), generator, full=full)
 
 
-def test_preprocessing_agrees_with_the_official_processor():
-    video, _, _ = drawn(1)
-    pictures = (video[0, :3] * 255).round().byte()
-    official = CLIPImageProcessor(size={"shortest_edge": 224})(
-        list(pictures), return_tensors="pt"
-    ).pixel_values
-    ours = rewards.preprocess(pictures[None].float() / 255, 224, rewards.CLIP_MEAN, rewards.CLIP_STD)
-    assert (
-        ours - official
-    ).abs().max() < 2 / 255 / 0.26  # the processor rounds to whole numbers after resizing
+TOY = str(HERE / "tiny" / "rewards")
+SPECS = [{"remove": "remove:star"}.get(name, name) for name in rewards.REWARDS]
+LEARNED = ["aesthetic", "clip", "hps", "pickscore", "remove:star", "action", "vjepa"]
+MOVING = ["a red star rising over the sea", "a green cube falling over a meadow", "a moon drifting left"]
 
 
-@pytest.mark.parametrize("name", list(rewards.REWARDS))
-def test_gradients_are_right_and_stay_in_their_video(name):
-    ((_, reward),) = rewards.make_terms(name, "cpu", torch.float32, str(HERE / "tiny" / "rewards")).values()
+def make_one(spec, dtype=torch.float32, weights=TOY):
+    ((_, reward),) = rewards.make_terms(spec, "cpu", dtype, weights).values()
+    return reward
+
+
+@pytest.fixture
+def networks(monkeypatch):
+    """The networks of the rewards made in this test, as they are made."""
+    made, freeze = [], rewards.frozen
+    monkeypatch.setattr(
+        rewards, "frozen", lambda *args: made.append((freeze(*args), *(args[3:] or [()]))) or made[-1][0]
+    )
+    return made
+
+
+def official_processor(name, size):
+    """The published preprocessing of a reward's network: its processor's class and settings."""
+    square = {"height": size, "width": size}
+    clip = CLIPImageProcessor(size=square, do_center_crop=False)
+    pick = CLIPImageProcessor(size={"shortest_edge": size}, crop_size=square)
+    norm = dict(image_mean=rewards.IMAGENET_MEAN, image_std=rewards.IMAGENET_STD)
+    mae = VideoMAEImageProcessor(size={"shortest_edge": size}, crop_size=square, **norm)
+    jepa, yolos = VJEPA2VideoProcessor(crop_size=size), YolosImageProcessor(size=size, max_size=1333)
+    return {
+        "pickscore": lambda clip: pick(list(clip), return_tensors="pt").pixel_values,
+        "remove:star": lambda clip: yolos(list(clip), return_tensors="pt").pixel_values,
+        "action": lambda clip: mae(list(clip), return_tensors="pt").pixel_values[0],
+        "vjepa": lambda clip: jepa([clip], return_tensors="pt").pixel_values_videos[0],
+    }.get(name, lambda pictures: clip(list(pictures), return_tensors="pt").pixel_values)
+
+
+@pytest.mark.parametrize("photo", ["cat", "rocket"])
+@pytest.mark.parametrize("name", LEARNED)
+def test_preprocessing_agrees_with_the_official_processor(name, photo, monkeypatch):
+    picture = torch.from_numpy(iio.imread(HERE / "tiny" / f"photo-{photo}.jpg")).permute(2, 0, 1)
+    pictures = torch.stack([picture.roll(3 * n, -1) for n in range(8)])
+    given, ours = [], rewards.preprocess
+    monkeypatch.setattr(rewards, "preprocess", lambda *a, **k: given.append(ours(*a, **k)) or given[-1])
+    reward = make_one(name)
+    value = reward(pictures[None].float() / 255, MOVING[:1]).item()
+    official = official_processor(name, 64)(pictures)
+    assert given[0].shape == official.shape
+    # the processors work in whole numbers, rounded and clipped after each of the two directions of resizing
+    step = 1 / 255 / 0.224
+    assert (given[0] - official).abs().mean() < 0.5 * step and (given[0] - official).abs().max() < 4 * step
+    monkeypatch.setattr(rewards, "preprocess", lambda *a, **k: official)
+    assert reward(pictures[None].float() / 255, MOVING[:1]).item() == pytest.approx(value, rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_gradients_are_right_and_stay_in_their_video(spec, networks):
+    reward = make_one(spec, torch.float64)
+    if spec == "vjepa":  # its targets have no gradient by definition: keep those of the first call
+        encoder = networks[0][0].encoder
+        first, kept = encoder.forward, []
+        encoder.forward = lambda pixels: kept[0] if kept else kept.append(first(pixels)) or kept[0]
     video, _, _ = drawn(3)
-    frames = video[:, [1, 4]].clone().requires_grad_()
-    value = reward(frames, ["a"] * 3)
-    assert value.shape == (3,) and value.dtype == torch.float32
+    frames = video.double().clamp(0.02, 0.98).requires_grad_()
+    value = reward(frames, MOVING)
+    assert value.shape == (3,)
     (slope,) = torch.autograd.grad(value[1], frames)
-    assert slope[0].abs().max() == 0 == slope[2].abs().max() and (slope[1].flatten(1).norm(dim=1) > 0).all()
-    direction = torch.randn(frames[1].shape, generator=torch.Generator().manual_seed(0))
-    moved = [
-        reward(torch.stack([frames[0], frames[1] + s * 1e-3 * direction, frames[2]]), ["a"] * 3)[1]
-        for s in (1, -1)
-    ]
-    measured = ((moved[0] - moved[1]) / 2e-3).item()
-    assert measured == pytest.approx((slope[1] * direction).sum().item(), rel=0.05, abs=1e-3)
+    assert slope[0].abs().max() == 0 == slope[2].abs().max()
+    assert (slope[1].flatten(1).norm(dim=1) > 0).all()  # for every frame
+    for seed in range(3):
+        direction = torch.randn(frames[1].shape, generator=torch.Generator().manual_seed(seed)).double()
+        moved = []
+        for step in (1e-6, -1e-6):
+            changed = torch.stack([frames[0], frames[1] + step * direction, frames[2]]).detach()
+            moved.append(reward(changed, MOVING)[1])
+        measured = ((moved[0] - moved[1]) / 2e-6).item()
+        assert measured == pytest.approx((slope[1] * direction).sum().item(), rel=1e-3, abs=1e-7)
+
+
+@pytest.mark.parametrize("spec", LEARNED)
+def test_reward_networks_are_frozen_and_checkpointing_changes_nothing(spec, networks):
+    reward = make_one(spec)
+    frames = drawn(2)[0].requires_grad_()
+    (plain,) = torch.autograd.grad(reward(frames, MOVING[:2]).sum(), frames)
+    assert networks and not any(p.requires_grad for net, _ in networks for p in net.parameters())
+    assert not any(module.training for net, _ in networks for module in net.modules())
+    wrapped = 0
+    for network, blocks in networks:
+        rewards.checkpoint_blocks(network, blocks)
+        wrapped += sum(isinstance(module.forward, functools.partial) for module in network.modules())
+    assert wrapped >= 2
+    (again,) = torch.autograd.grad(reward(frames, MOVING[:2]).sum(), frames)
+    assert torch.allclose(plain, again, atol=1e-7)
+
+
+@pytest.mark.parametrize("spec", ["clip", "hps", "pickscore"])
+def test_each_video_is_scored_with_its_own_prompt(spec):
+    reward, (video, _, _) = make_one(spec), drawn(2)
+    alone = [reward(video[n : n + 1], [MOVING[n]]).item() for n in range(2)]
+    assert reward(video, MOVING[:2]).tolist() == pytest.approx(alone, abs=1e-5)
+    swapped = reward(video, MOVING[1::-1])
+    assert (swapped - torch.tensor(alone)).abs().min() > 1e-3
+
+
+def random_like(network):
+    """Random half-precision weights with a network's keys and shapes, made without the network itself."""
+    torch.manual_seed(0)
+    return {
+        key: (torch.randn(value.shape, dtype=torch.bfloat16) * 0.02 if value.is_floating_point() else value)
+        for key, value in network.state_dict().items()
+    }
+
+
+def published_folder(kind, folder):
+    """A checkpoint in full size with random weights, in the layout and key names that are published."""
+    folder.mkdir(parents=True)
+    with torch.device("meta"):
+        if kind == "hps":
+            clip = open_clip.CLIP(**open_clip.get_model_config("ViT-H-14"))
+            torch.save({"state_dict": random_like(clip)}, folder / "HPS_v2.1_compressed.pt")
+            return "visual.transformer.resblocks.31.mlp.c_proj.weight", set(clip.state_dict())
+        if kind == "remove:book":
+            names = {i: f"thing {i}" for i in range(91)} | {84: "book"}
+            network = YolosForObjectDetection(YolosConfig(image_size=[800, 1344], id2label=names))
+            old, known = (
+                ("encoder.interpolation.mid", "encoder.mid"),
+                "class_labels_classifier.layers.2.weight",
+            )
+        elif kind == "action:archery":
+            names = {i: f"action {i}" for i in range(400)} | {5: "archery"}
+            network = VideoMAEForVideoClassification(VideoMAEConfig(id2label=names))
+            old, known = (r"attention\.attention\.(query|value)\.bias", None), "fc_norm.weight"
+        elif kind == "vjepa":
+            network = VJEPA2Model(VJEPA2Config())
+            old, known = ("-", "-"), "predictor.layer.11.mlp.fc2.weight"
+        else:
+            vision = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, patch_size=14)
+            text = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
+            config = CLIPConfig(
+                vision_config=dict(**vision, num_attention_heads=16), text_config=text, projection_dim=768
+            )
+            network = CLIPModel(config)
+            old, known = ("-", "-"), "vision_model.encoder.layers.23.mlp.fc1.weight"
+    network.config.save_pretrained(folder)
+    state = {}
+    for key, value in random_like(network).items():
+        if kind == "action:archery":  # published before attention biases had their own names
+            key = re.sub(old[0], lambda m: f"attention.attention.{m[1][0]}_bias", key)
+        state[re.sub(*old, key) if old[1] else key] = value
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    if kind in ("aesthetic", "clip"):
+        CLIPTokenizer.from_pretrained(TINY / "tokenizer").save_pretrained(folder)
+        torch.save(rewards.AestheticHead(768).state_dict(), folder / "aesthetic-model.pth")
+    return known, set(state)
+
+
+@pytest.mark.parametrize("kind", ["aesthetic", "clip", "hps", "remove:book", "action:archery", "vjepa"])
+def test_full_size_checkpoints_load_and_have_a_gradient(kind, tmp_path, networks):
+    """ViT-L/14, ViT-H-14, yolos-base, videomae-base and vjepa2-vitl, random, in bfloat16."""
+    known, keys = published_folder(kind, tmp_path / kind.split(":")[0])
+    assert known in keys
+    reward = make_one(kind, torch.bfloat16, str(tmp_path))
+    weights = networks[0][0].state_dict()
+    assert all(value.std() < 0.03 for key, value in weights.items() if "mlp" in key or "dense" in key)
+    frames = torch.rand(1, 16 if kind == "vjepa" else 2, 3, 96, 128, requires_grad=True)
+    if kind == "vjepa":
+        frames = frames[:, :4].detach().requires_grad_()
+    value = reward(frames, ["a book"])
+    value.sum().backward()
+    assert value.dtype == torch.float32 and torch.isfinite(value).all()
+    assert (frames.grad.flatten(2).norm(dim=2) > 0).all()
+
+
+def test_unknown_names_are_one_line_with_the_nearest():
+    for spec, near in (
+        ("remove:stars", "'stars'.*star"),
+        ("action:risin", "rising"),
+        ("hps:3", "hps:2.1"),
+        ("remove", "needs an object"),
+    ):
+        with pytest.raises(rewards.BadReward, match=near) as problem:
+            make_one(spec)
+        assert "\n" not in str(problem.value)
+
+
+def test_action_takes_its_label_from_each_prompt_or_fails(capsys):
+    reward, fixed = make_one("action"), make_one("action:falling")
+    reward.check(MOVING)
+    assert "'drifting left' in 'a moon drifting left'" in capsys.readouterr().out
+    video, _, _ = drawn(3)
+    assert reward(video, MOVING)[1].item() == pytest.approx(fixed(video, MOVING)[1].item(), abs=1e-5)
+    assert torch.allclose(reward.report["probability"], reward(video, MOVING).exp())
+    with pytest.raises(rewards.BadReward, match="names no action"):
+        reward.check(["a moon"])
+    ((repeated, _),) = vader.views(reward, video[:, [0, 7]], 1)  # fewer frames than it wants
+    assert repeated.shape[1] == reward.frames == 8 and reward(repeated, MOVING).shape == (3,)
+
+
+def test_vjepa_context_sees_no_masked_pixel(networks):
+    make_one("vjepa", torch.float64)
+    model = networks[0][0]
+    pixels = torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
+    generator = torch.Generator().manual_seed(1)
+    for blocks, area in ((8, 0.15), (2, 0.7)):
+        context, target = rewards.jepa_masks(4, 8, 8, blocks, area, generator)
+        assert sorted(context.tolist() + target.tolist()) == list(range(256)) and len(context) and len(target)
+        seen = rewards.jepa_context(model, pixels, context)
+        for token in target.tolist():
+            t, rest = divmod(token, 64)
+            y, x = rest // 8 * 8, rest % 8 * 8
+            pixels[:, 2 * t : 2 * t + 2, :, y : y + 8, x : x + 8] += 5
+        assert torch.equal(seen, rewards.jepa_context(model, pixels, context))
+    # with nothing masked it is the library's encoder; the loss is the library's predictor on that context
+    everything = torch.arange(256)
+    assert torch.allclose(
+        rewards.jepa_context(model, pixels, everything), model.encoder(pixels).last_hidden_state
+    )
+
+
+def test_jepa_masks_cover_what_they_should():
+    generator = torch.Generator().manual_seed(0)
+    cover = {}
+    for blocks, area in ((8, 0.15), (2, 0.7)):
+        masks = [rewards.jepa_masks(2, 16, 16, blocks, area, generator)[1] for _ in range(50)]
+        assert all((m < 256).sum() * 2 == len(m) for m in masks)  # the same tokens through all of time
+        cover[blocks] = np.mean([len(m) / 512 for m in masks])
+    assert 0.5 < cover[8] < 0.9 and 0.7 < cover[2] < 0.98
+
+
+def test_smooth_and_dynamic_measure_motion():
+    smooth, dynamic = make_one("smooth"), make_one("dynamic")
+    generator = torch.Generator().manual_seed(0)
+    slide = torch.linspace(0, 1, 9)[None, :, None, None, None].expand(1, 9, 3, 32, 32)
+    noise = torch.rand(1, 9, 3, 16, 16, generator=generator)
+    still = noise[:, :1].expand(1, 9, -1, -1, -1)
+    assert smooth(still, None) == 0 == dynamic(still, None)
+    assert smooth(slide, None).item() == pytest.approx(0, abs=1e-3)
+    assert smooth(noise, None).item() == pytest.approx(-3, abs=0.3)
+    assert dynamic(slide, None).item() == pytest.approx(12.5, rel=1e-3)
+
+
+def test_compressible_follows_the_true_jpeg_size():
+    reward = make_one("compressible")
+
+    def true_kb(picture):
+        picture = (picture.permute(1, 2, 0) * 255).round().byte().numpy()
+        return len(iio.imwrite("<bytes>", picture, extension=".jpg", quality=50)) / 1000
+
+    video, _, _ = drawn(40)
+    sizes = [true_kb(clip[0]) for clip in video]
+    assert np.corrcoef(-reward(video[:, :1], None), sizes)[0, 1] > 0.9
+    for photo in ("cat", "rocket"):
+        picture = torch.from_numpy(iio.imread(HERE / "tiny" / f"photo-{photo}.jpg")).permute(2, 0, 1) / 255
+        assert -reward(picture[None, None], None).item() == pytest.approx(true_kb(picture), rel=0.25)
+
+
+def test_a_sum_logs_each_term_and_figure(settings):
+    spec = "colorful + 0.5*remove:star + 0.2*dynamic"
+    rows = vader.train(dataclasses.replace(settings, reward=spec, reward_weights=TOY, steps=1))
+    terms = {"colorful": 1, "remove:star": 0.5, "dynamic": 0.2}
+    assert {"reward", "remove:star count", *terms} < rows[1].keys()
+    assert rows[1]["reward"] == pytest.approx(sum(w * rows[1][name] for name, w in terms.items()), rel=1e-5)
+    assert len(rows[0]["eval"]["remove:star count"]) == 2
 
 
 def test_colorful_is_the_published_formula():

@@ -71,11 +71,10 @@ from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from rewards import BadReward, make_terms, parse
+from rewards import BadReward, checkpoint_blocks, make_terms, parse
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
@@ -426,22 +425,6 @@ FAMILIES = {"TextToVideoSDPipeline": TextToVideoUNet}
 # ---- 4. LoRA and checkpointing -----------------------------------------------------------------------------
 
 
-def checkpoint_blocks(network: torch.nn.Module, classes: tuple[str, ...]):
-    """Recompute the activations of every block of these classes in the backward pass (Chen et al. 2016).
-
-    diffusers has no such switch for UNet3DConditionModel; for others, its switch leaves out the attention.
-    """
-
-    def recomputed(forward, *args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    for module in network.modules():
-        if type(module).__name__ in classes:
-            module.forward = functools.partial(recomputed, module.forward)
-
-
 def add_lora(model, cfg: Config):
     """Put float32 low-rank adapters (Hu et al. 2021) on the frozen denoiser: new ones, or those in --lora."""
     if cfg.lora:
@@ -473,7 +456,7 @@ def swapped(model, weights):
 
 @contextlib.contextmanager
 def merged(model):
-    """Inside, the LoRA is added into the base weights and costs no time; after, these are bitwise as before."""
+    """Inside, the LoRA is added into the base weights and costs no time; these come back bitwise."""
     layers = [layer for layer in model.denoiser.modules() if isinstance(layer, LoraLayer)]
     own = [layer.base_layer.weight.detach().clone() for layer in layers]
     model.denoiser.merge_adapter()
@@ -513,43 +496,61 @@ def rollout(model, schedule: Schedule, noise, cond, uncond, guidance_scale: floa
 def views(reward, video, chunk):
     """What a reward is given of video (B, N, 3, H, W): (frames, share of the mean) pairs.
 
-    An image reward is a mean over frames, so it gets them in chunks; a clip reward gets its n at once.
+    An image reward is a mean over frames, so it gets them in chunks; a clip reward gets its clip at once.
     """
     wanted = getattr(reward, "frames", 1)
     if wanted == 1:
         return [(view, view.shape[1] / video.shape[1]) for view in video.split(chunk, dim=1)]
+    if wanted == "all":
+        return [(video, 1.0)]
     return [(video[:, torch.linspace(0, video.shape[1] - 1, wanted).round().long()], 1.0)]
+
+
+def judge(terms: dict, video, prompts: list[str], chunk: int, pull=None) -> dict:
+    """Rewards of video (B, N, 3, H, W): {"reward": (B,) weighted sum, term: (B,), "term figure": (B,)}.
+
+    pull: called with each piece of the summed rewards, to differentiate it. Raises BadInput when a reward has
+    the wrong shape, or no gradient that could be pulled.
+    """
+    found = {"reward": torch.zeros(len(prompts), device=video.device)}
+    for name, (weight, reward) in terms.items():
+        for view, share in views(reward, video, chunk):
+            value = reward(view, prompts)
+            good = value.shape == (len(prompts),) and (value.requires_grad or not pull)
+            need(
+                good, f"reward {name!r} must return one number per video, ({len(prompts)},), with a gradient"
+            )
+            if pull:
+                pull((weight * share * value).sum())
+            value = value.detach()
+            reports = {f"{name} {key}": v for key, v in getattr(reward, "report", {}).items()}
+            for key, part in {"reward": weight * value, name: value, **reports}.items():
+                found[key] = found.get(key, 0) + share * part
+    return found
 
 
 def score(model, terms: dict, x, prompts: list[str], frames: list[int], chunk=1, target=None, scale=None):
     """Reward the picked frames of the clean latents x and pull the gradient back to x, chunk by chunk.
 
     x: (B, C, F, H, W) float32; frames: N indices; terms: {name: (weight, reward)}; target: of the hinge;
-    scale: multiplies what is differentiated (fp16). Returns {"reward" or term: (B,)} and g like x: gradient
-    of the loss, minus the mean reward. Raises BadInput when a reward has the wrong shape or no gradient.
+    scale: multiplies what is differentiated (fp16). Returns `judge`'s figures and g like x: gradient of the
+    loss, minus the mean reward.
     """
     pieces = [frames[i : i + chunk] for i in range(0, len(frames), chunk)]
     with torch.no_grad():
         video = torch.cat([model.decode(x, piece) for piece in pieces], dim=1)  # (B, N, 3, H, W)
     video.requires_grad_()
-    rewards = {name: torch.zeros(len(x), device=x.device) for name in terms}
-    for name, (weight, reward) in terms.items():
-        for view, share in views(reward, video, chunk):
-            value = reward(view, prompts)
-            good = value.shape == (len(x),) and value.requires_grad
-            need(good, f"reward {name!r} must return one number per video, ({len(x)},), with a gradient")
-            loss = (weight * share * value).sum()
-            (scale(loss) if scale else loss).backward()
-            rewards[name] += share * value.detach()
-    total = sum(weight * rewards[name] for name, (weight, _) in terms.items())
+    found = judge(terms, video, prompts, chunk, lambda total: (scale(total) if scale else total).backward())
     # d loss / d reward: -1 / B, and with a hinge nothing for the videos that reached the target
-    slope = torch.full_like(total, -1 / len(x)) * (1.0 if target is None else total < target)
+    slope = torch.full_like(found["reward"], -1 / len(x)) * (
+        1.0 if target is None else found["reward"] < target
+    )
     v = video.grad * slope[:, None, None, None, None]
     del video
     x = x.detach().requires_grad_()
     for piece, pull in zip(pieces, v.split(chunk, dim=1), strict=True):
         model.decode(x, piece).backward(pull)
-    return {"reward": total} | rewards, x.grad
+    return found, x.grad
 
 
 def trained_steps(cfg: Config, generator) -> list[int]:
@@ -638,7 +639,8 @@ def batch_prompts(prompts: list[str], cfg: Config, batch: int) -> list[str]:
 
 def pick_frames(cfg: Config, terms: dict, generator) -> list[int]:
     """Frames to decode and score: random ones, or evenly spaced ones when a reward wants a clip."""
-    wanted = max(getattr(reward, "frames", 1) for _, reward in terms.values())
+    wants = [getattr(reward, "frames", 1) for _, reward in terms.values()]
+    wanted = max(cfg.num_frames if n == "all" else n for n in wants)
     n = min(cfg.decode_frames or wanted, cfg.num_frames)
     if wanted > 1:
         return torch.linspace(0, cfg.num_frames - 1, n).round().long().tolist()
@@ -743,6 +745,8 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[str], reward=
     terms = {getattr(reward, "__name__", "custom"): (1.0, reward)}
     if reward is None:
         terms = make_terms(cfg.reward, cfg.device, dtype, cfg.reward_weights)
+    for _, term in terms.values():
+        getattr(term, "check", lambda prompts: None)(prompts)
     model = family(source, cfg.device, dtype)
     schedule = model.schedule(cfg)
     conds = model.encode([*prompts, ""])
@@ -792,18 +796,13 @@ def make_videos(run: Run, prompts: list[str], first=0):
 
 @torch.no_grad()
 def evaluate(run: Run, prompts: list[str], folder: Path) -> dict:
-    """A video per prompt into `folder`, all frames scored: {"prompts", "reward", term: [one per video]}."""
-    size = run.cfg.batch_size
-    result = {"prompts": prompts, "reward": []} | {name: [] for name in run.terms}
+    """A video per prompt into `folder`, all frames scored: {"prompts"} and lists of `judge`'s figures."""
+    size, result = run.cfg.batch_size, {"prompts": prompts}
     for first in tqdm(range(0, len(prompts), size), desc=f"evaluate {folder.name}", leave=False):
         batch = prompts[first : first + size]
         videos = make_videos(run, batch, first)
-        total = 0
-        for name, (weight, reward) in run.terms.items():
-            value = sum(s * reward(view, batch) for view, s in views(reward, videos, run.cfg.decode_chunk))
-            result[name] += value.tolist()
-            total = total + weight * value
-        result["reward"] += total.tolist()
+        for name, values in judge(run.terms, videos, batch, run.cfg.decode_chunk).items():
+            result.setdefault(name, []).extend(values.tolist())
         for n, video in enumerate(videos, first):
             write_video(folder / f"{n:03d}.mp4", video)
     return result
@@ -918,14 +917,14 @@ def update(run: Run, prompts: list[str], step: int, rank: int, world: int, optim
     """
     cfg, start, kl = run.cfg, time.time(), 0.0
     parameters = list(lora_parameters(run.model).values())
-    rewards = {name: [] for name in ("reward", *run.terms)}
+    rewards = {}
     optimizer.zero_grad()
     for m in range(cfg.grad_accum):
         batch = (step * cfg.grad_accum + m) * world + rank
         values, change = micro_batch(run, batch_prompts(prompts, cfg, batch), step, batch, scaler)
         kl += change / cfg.grad_accum
         for name, value in values.items():
-            rewards[name] += value.tolist()
+            rewards.setdefault(name, []).extend(value.tolist())
     if world > 1:
         average_gradients(parameters)
     scaler.unscale_(optimizer)
@@ -1080,7 +1079,7 @@ def compare(cfg: Config):
     result = {"config": dataclasses.asdict(cfg), "base": base, "tuned": tuned}
     write_text(out / "eval.json", json.dumps(result))
     write_page(out, cfg, base, tuned, [out / "base", out / "tuned"], [])
-    for name in ("reward", *run.terms) if len(run.terms) > 1 else run.terms:
+    for name in list(base)[1:]:  # all but the prompts
         print(f"{name}: {summary(base[name], tuned[name])}")
     print(f"done: open {out / 'index.html'}")
 

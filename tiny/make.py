@@ -17,6 +17,8 @@ All frames here are (..., 3, 64, 64) float32 in [0, 1].
 """
 
 import argparse
+import copy
+import functools
 import itertools
 import json
 import math
@@ -24,6 +26,7 @@ import sys
 import time
 from pathlib import Path
 
+import open_clip
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
@@ -32,11 +35,35 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
 from tqdm import tqdm, trange
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    VJEPA2Config,
+    VJEPA2Model,
+    YolosConfig,
+    YolosForObjectDetection,
+)
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from rewards import CLIP_MEAN, CLIP_STD, AestheticHead, make_aesthetic, preprocess  # noqa: E402 (needs the line above)
+from rewards import (  # noqa: E402 (needs the line above)
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AestheticHead,
+    jepa_loss,
+    jepa_masks,
+    make_aesthetic,
+    make_terms,
+    preprocess,
+)
 
 SIZE, FRAMES = 64, 8
 COLOURS = {
@@ -277,8 +304,9 @@ def tokenize(tokenizer, prompts):
     ).input_ids
 
 
-def make_clip(tokenizer) -> CLIPModel:
-    common = dict(hidden_size=96, intermediate_size=256, num_attention_heads=4, projection_dim=64)
+def make_clip(tokenizer, hidden=96) -> CLIPModel:
+    common = dict(hidden_size=hidden, num_attention_heads=4, projection_dim=64)
+    common["intermediate_size"] = 256 if hidden == 96 else 2 * hidden
     text = dict(
         **common,
         vocab_size=len(tokenizer),
@@ -358,15 +386,20 @@ def train_clip(out: Path, updates: int, seed: int):
                 look=f"{look:.2f}",
                 score=f"{F.l1_loss(score, target):.3f}",
             )
-    folder = out / "rewards" / "aesthetic"
-    clip.half().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    torch.save(head.half().state_dict(), folder / "aesthetic-model.pth")
+    save_aesthetic(out, clip, head)
     text_encoder = CLIPTextModel(CLIPTextConfig.from_dict(clip.config.text_config.to_dict()))
     missing, unexpected = text_encoder.load_state_dict(clip.float().text_model.state_dict(), strict=False)
     if missing or unexpected:
         text_encoder.text_model.load_state_dict(clip.text_model.state_dict())
     text_encoder.half().save_pretrained(out / "t2v" / "text_encoder")
+
+
+def save_aesthetic(out: Path, clip, head):
+    """Keep the whole CLIP in work/, and its picture side with the head as the reward."""
+    clip.half().save_pretrained(out / "work" / "clip")
+    vision = CLIPVisionModelWithProjection.from_pretrained(out / "work" / "clip")
+    vision.half().save_pretrained(out / "rewards" / "aesthetic")
+    torch.save(head.half().state_dict(), out / "rewards" / "aesthetic" / "aesthetic-model.pth")
 
 
 def train_aesthetic(out: Path, updates: int, seed: int):
@@ -377,8 +410,8 @@ def train_aesthetic(out: Path, updates: int, seed: int):
     torch.manual_seed(seed + 4)
     generator = torch.Generator().manual_seed(seed + 4)
     folder = out / "rewards" / "aesthetic"
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    clip = CLIPModel.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(out / "t2v" / "tokenizer")
+    clip = CLIPModel.from_pretrained(out / "work" / "clip", dtype=torch.float32)
     head = AestheticHead(64).eval()
     head.load_state_dict(torch.load(folder / "aesthetic-model.pth", weights_only=True))
     drawn, scores, chosen = [], [], pick(SEEN, 8000, generator)
@@ -416,8 +449,7 @@ def train_aesthetic(out: Path, updates: int, seed: int):
         schedule.step()
         if update % 20 == 0:
             bar.set_postfix(contrast=f"{contrast:.3f}", score=f"{F.l1_loss(score, target):.3f}")
-    clip.half().save_pretrained(folder)
-    torch.save(head.half().state_dict(), folder / "aesthetic-model.pth")
+    save_aesthetic(out, clip, head)
 
 
 # ---- 3. The video model: autoencoder, U-Net ----------------------------------------------------------------
@@ -725,6 +757,409 @@ def measure(out: Path, samples: int, seed: int):
     )
 
 
+# ---- 5. The other rewards ----------------------------------------------------------------------------------
+
+
+def make_pool(pool, clips: int, seed: int):
+    """Drawn clips, half of them graded over the whole range, half dull as the video model's.
+
+    Returns video: (clips, 8, 3, 64, 64) uint8; labels: (clips, 4) int64; target: (clips,) aesthetic target;
+    boxes: (clips, 8, 4) float32, centre and size of the object in [0, 1].
+    """
+    generator, parts = torch.Generator().manual_seed(seed), []
+    axis = (torch.arange(SIZE) + 0.5) / SIZE
+    for first in trange(0, clips, 32, desc="drawing"):
+        combinations = pick(pool, 32, generator)
+        video, target, inside = draw(combinations, generator, full=first % 64 == 0)
+        spans = []
+        for dim in (-2, -1):  # over rows: where it is from left to right; over columns: from top to bottom
+            held = inside[:, :, 0].amax(dim) > 0.5
+            low = torch.where(held, axis, 2.0).amin(-1) - 0.5 / SIZE
+            high = torch.where(held, axis, -1.0).amax(-1) + 0.5 / SIZE
+            spans += [(low + high) / 2, high - low]
+        boxes = torch.stack([spans[0], spans[2], spans[1], spans[3]], -1)
+        parts.append(((video * 255).round().byte(), torch.tensor(combinations), target, boxes))
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def fit(parameters, updates: int, rate: float, name: str, loss_of):
+    """AdamW on loss_of(update) -> (loss, figures to show), one cycle of learning rate."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, updates, pct_start=0.1)
+    for update in (bar := trange(updates, desc=name, mininterval=5)):
+        loss, shown = loss_of(update)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if update % 50 == 0:
+            bar.set_postfix({key: f"{float(value):.3f}" for key, value in shown.items()}, refresh=False)
+
+
+def frames_of(video, rows, generator):
+    """A random frame of each clip in rows, (n, 3, 64, 64) in [0, 1], half of them with a little noise."""
+    moments = torch.randint(FRAMES, (len(rows),), generator=generator)
+    pictures = video[rows, moments].float() / 255
+    strength = 0.06 * uniform((len(rows), 1, 1, 1), -1, 1, generator).clamp(min=0)
+    noise = torch.randn(pictures.shape, generator=generator)
+    return (pictures + strength * noise).clamp(0, 1), moments
+
+
+def train_clip_reward(out: Path, pool, updates: int, seed: int):
+    """The CLIP of `--reward clip`: contrastive on captions; captions that look alike are no wrong answers."""
+    torch.manual_seed(seed + 40)
+    generator = torch.Generator().manual_seed(seed + 40)
+    video, labels, _, _ = pool
+    tokenizer = CLIPTokenizer.from_pretrained(out / "t2v" / "tokenizer")
+    clip = make_clip(tokenizer, hidden=64)
+    heads = nn.ModuleList(nn.Linear(64, n) for n in (6, 6, 4))
+    tokens = {tuple(c): tokenize(tokenizer, [caption(c)]) for c in COMBINATIONS}
+
+    def loss_of(update):
+        rows = torch.randint(len(video), (96,), generator=generator)
+        pictures, _ = frames_of(video, rows, generator)
+        image = image_embedding(clip, pictures)
+        text = text_embedding(clip, torch.cat([tokens[tuple(c)] for c in labels[rows].tolist()]))
+        visible = labels[rows][:, [0, 1, 3]]
+        same = (visible[:, None] == visible[None]).all(-1) & ~torch.eye(96, dtype=torch.bool)
+        logits = (image @ text.T * clip.logit_scale.exp().clamp(max=50)).masked_fill(same, -1e4)
+        right = torch.arange(96)
+        contrast = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+        look = sum(F.cross_entropy(f(image), visible[:, i]) for i, f in enumerate(heads))
+        hit = (logits.argmax(1) == right).float().mean()
+        return contrast + 0.3 * look, {"contrast": contrast, "look": look, "hit": hit}
+
+    fit([*clip.parameters(), *heads.parameters()], updates, 2e-3, "clip reward", loss_of)
+    clip.half().save_pretrained(out / "rewards" / "clip")
+    tokenizer.save_pretrained(out / "rewards" / "clip")
+
+
+def make_pairs(pool, taste, n: int, generator):
+    """Two pictures for a caption, and which is preferred: fewer wrong words, else the better by `taste`.
+
+    taste: (pictures, rows) -> (n,), higher is better, spread about 1. Returns rows of the captions (n,),
+    pictures a, b: (n, 3, 64, 64), and preferred: (n,) bool, True for a. Pairs closer than 0.5 are left out.
+    """
+    video, labels, _, _ = pool
+    first, kept = torch.randint(len(video), (4 * n,), generator=generator), []
+    near = (labels[first][:, None, [0, 1, 3]] == labels[None, :, [0, 1, 3]]).sum(-1)  # words in common
+    weight = torch.tensor([0.0, 0.02, 0.2, 1.0])[near] / torch.bincount(near.flatten(), minlength=4)[near]
+    second = torch.multinomial(weight, 1, generator=generator)[:, 0]
+    a, b = frames_of(video, first, generator)[0], frames_of(video, second, generator)[0]
+    wrong = 3 - (labels[first][:, [0, 1, 3]] == labels[second][:, [0, 1, 3]]).sum(-1)
+    gain = taste(a, first) - taste(b, second) + 10 * wrong
+    kept = (gain.abs() > 0.5).nonzero()[:n, 0]
+    swap = torch.rand(len(kept), generator=generator) < 0.5
+    mixed = swap[:, None, None, None]
+    a, b = torch.where(mixed, b[kept], a[kept]), torch.where(mixed, a[kept], b[kept])
+    return first[kept], a, b, (gain[kept] > 0) ^ swap
+
+
+def tastes(pool):
+    """What the two preference models like: HPS the aesthetic target, PickScore contrast and brightness."""
+    target = pool[2]
+
+    def hps(pictures, rows):
+        return (target[rows] - 5.5) / 1.5
+
+    def pickscore(pictures, rows):
+        light = pictures.mean(1).flatten(1)
+        return light.std(1) / 0.06 + light.mean(1) / 0.15
+
+    return {"hps": hps, "pickscore": pickscore}
+
+
+def open_clip_from(clip: CLIPModel, config: dict):
+    """The same network as an open_clip model, as HPSv2 publishes its weights."""
+    state, old = {}, clip.state_dict()
+    names = {
+        "layer_norm1": "ln_1",
+        "layer_norm2": "ln_2",
+        "self_attn.out_proj": "attn.out_proj",
+        "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
+    }
+    for side, prefix in (("text_model.encoder.layers", ""), ("vision_model.encoder.layers", "visual.")):
+        layers = {key.removeprefix(side + ".").split(".")[0] for key in old if key.startswith(side)}
+        for layer in layers:
+            here, there = f"{side}.{layer}", f"{prefix}transformer.resblocks.{layer}"
+            for kind in ("weight", "bias"):
+                parts = [old[f"{here}.self_attn.{p}_proj.{kind}"] for p in "qkv"]
+                state[f"{there}.attn.in_proj_{kind}"] = torch.cat(parts)
+                for a, b in names.items():
+                    state[f"{there}.{b}.{kind}"] = old[f"{here}.{a}.{kind}"]
+    moved = {
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "ln_final.weight": "text_model.final_layer_norm.weight",
+        "ln_final.bias": "text_model.final_layer_norm.bias",
+        "logit_scale": "logit_scale",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.ln_pre.weight": "vision_model.pre_layrnorm.weight",
+        "visual.ln_pre.bias": "vision_model.pre_layrnorm.bias",
+        "visual.ln_post.weight": "vision_model.post_layernorm.weight",
+        "visual.ln_post.bias": "vision_model.post_layernorm.bias",
+    }
+    state |= {new: old[name] for new, name in moved.items()}
+    state["text_projection"] = old["text_projection.weight"].T
+    state["visual.proj"] = old["visual_projection.weight"].T
+    model = open_clip.CLIP(**config)
+    model.load_state_dict(state)
+    return model
+
+
+def train_preference(out: Path, pool, name: str, updates: int, seed: int):
+    """hps or pickscore: that CLIP, tuned on pairs by the Bradley-Terry loss, as the published ones are."""
+    torch.manual_seed(seed + 41)
+    generator = torch.Generator().manual_seed(seed + 41)
+    clip = CLIPModel.from_pretrained(out / "rewards" / "clip", dtype=torch.float32)
+    tokenizer = CLIPTokenizer.from_pretrained(out / "rewards" / "clip")
+    taste, labels = tastes(pool)[name], pool[1]
+    tokens = {tuple(c): tokenize(tokenizer, [caption(c)]) for c in COMBINATIONS}
+
+    def loss_of(update):
+        rows, a, b, preferred = make_pairs(pool, taste, 64, generator)
+        text = text_embedding(clip, torch.cat([tokens[tuple(c)] for c in labels[rows].tolist()]))
+        image = image_embedding(clip, torch.cat([a, b]))
+        better = (image.view(2, len(rows), -1) * text).sum(-1) * 30
+        gain = torch.where(preferred, better[0] - better[1], better[1] - better[0])
+        return -F.logsigmoid(gain).mean(), {"right": (gain > 0).float().mean()}
+
+    fit(clip.parameters(), updates, 1e-3, name, loss_of)
+    folder = out / "rewards" / name
+    if name == "pickscore":
+        clip.half().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return
+    text, vision = clip.config.text_config, clip.config.vision_config
+    config = {
+        "embed_dim": clip.config.projection_dim,
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": SIZE,
+            "layers": vision.num_hidden_layers,
+            "width": vision.hidden_size,
+            "patch_size": vision.patch_size,
+            "head_width": vision.hidden_size // vision.num_attention_heads,
+            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+        },
+        "text_cfg": {
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "width": text.hidden_size,
+            "heads": text.num_attention_heads,
+            "layers": text.num_hidden_layers,
+            "mlp_ratio": text.intermediate_size / text.hidden_size,
+            "hf_tokenizer_name": "tiny",
+        },
+    }
+    plain = {key: value for key, value in config["text_cfg"].items() if key != "hf_tokenizer_name"}
+    model = open_clip_from(clip, config | {"text_cfg": plain})
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.half() for key, value in model.state_dict().items() if key != "attn_mask"}
+    torch.save({"state_dict": state}, folder / "HPS_v2.1_compressed.pt")
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}, indent=1))
+    tokenizer.save_pretrained(folder)
+
+
+def overlap(a, b):
+    """Intersection over union of boxes (..., 4) given as centre and size."""
+    low = torch.maximum(a[..., :2] - a[..., 2:] / 2, b[..., :2] - b[..., 2:] / 2)
+    high = torch.minimum(a[..., :2] + a[..., 2:] / 2, b[..., :2] + b[..., 2:] / 2)
+    both = (high - low).clamp(min=0).prod(-1)
+    return both / (a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - both)
+
+
+def train_remove(out: Path, pool, updates: int, seed: int):
+    """YOLOS by its set loss; with one object the best match is one query. One frame in five is empty.
+
+    The published ones start from a trained classifier; here the class token reads the picture along the way,
+    by heads that are thrown away. Without them nothing was learned in 4,000 updates.
+    """
+    torch.manual_seed(seed + 42)
+    generator = torch.Generator().manual_seed(seed + 42)
+    video, labels, _, boxes = pool
+    config = YolosConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=[SIZE, SIZE],
+        patch_size=8,
+        num_detection_tokens=5,
+        use_mid_position_embeddings=False,
+        initializer_range=0.1,
+        id2label=dict(enumerate(OBJECTS)),
+        label2id={name: i for i, name in enumerate(OBJECTS)},
+    )
+    yolos = YolosForObjectDetection(config)
+    for start in (yolos.vit.embeddings.position_embeddings, yolos.vit.embeddings.detection_tokens):
+        nn.init.normal_(start, std=0.3)  # they start at zero, where all queries are the same
+    reads = nn.ModuleList(nn.Linear(64, n) for n in (6, 7, 4))
+
+    def loss_of(update):
+        rows = torch.randint(len(video), (64,), generator=generator)
+        pictures, moments = frames_of(video, rows, generator)
+        true_box, true_class = boxes[rows, moments], labels[rows, 1].clone()
+        # an empty frame: the band of rows above or below the object, or beside it, stretched over the frame
+        for i in range(0, 64, 5):
+            x0, x1 = ((true_box[i, 0] + torch.tensor([-0.5, 0.5]) * true_box[i, 2]) * SIZE).tolist()
+            left, right = max(int(x0) - 2, 0), min(math.ceil(x1) + 2, SIZE)
+            part = pictures[i, :, :, :left] if left >= SIZE - right else pictures[i, :, :, right:]
+            if part.shape[-1] > 3:
+                pictures[i] = F.interpolate(part[None], (SIZE, SIZE), mode="bilinear")[0]
+                true_class[i] = len(OBJECTS)
+        output = yolos(pixel_values=preprocess(pictures[None], SIZE, IMAGENET_MEAN, IMAGENET_STD))
+        logits, found = output.logits, output.pred_boxes
+        facts = (labels[rows, 0], true_class, labels[rows, 3])
+        token = output.last_hidden_state[:, 0]
+        read = sum(F.cross_entropy(f(token), fact) for f, fact in zip(reads, facts, strict=True))
+        distance = (found - true_box[:, None]).abs().sum(-1)
+        shared = overlap(found, true_box[:, None])
+        with torch.no_grad():
+            p = logits.softmax(-1).gather(-1, true_class[:, None, None].expand(-1, 5, 1))[..., 0]
+            best = (5 * distance + 2 * (1 - shared) - p).argmin(1)
+        there, each = true_class < len(OBJECTS), torch.arange(64)
+        wanted = torch.full((64, 5), len(OBJECTS))
+        wanted[each, best] = true_class
+        weight = torch.ones(len(OBJECTS) + 1)
+        weight[-1] = 0.3
+        classes = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight)
+        near = ((5 * distance + 2 * (1 - shared))[each, best] * there).sum() / there.sum()
+        right = (logits[each, best].argmax(-1) == true_class).float().mean()
+        return classes + near + 0.5 * read, {"class": classes, "box": near, "read": read, "right": right}
+
+    fit([*yolos.parameters(), *reads.parameters()], updates, 2e-3, "remove", loss_of)
+    yolos.half().save_pretrained(out / "rewards" / "remove")
+
+
+def train_action(out: Path, pool, updates: int, seed: int):
+    """VideoMAE's classifier on the four motions, from scratch."""
+    torch.manual_seed(seed + 43)
+    generator = torch.Generator().manual_seed(seed + 43)
+    video, labels, _, _ = pool
+    config = VideoMAEConfig(
+        image_size=SIZE,
+        patch_size=16,
+        num_frames=FRAMES,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        id2label=dict(enumerate(MOTIONS)),
+        label2id={name: i for i, name in enumerate(MOTIONS)},
+    )
+    network = VideoMAEForVideoClassification(config)
+
+    def loss_of(update):
+        rows = torch.randint(len(video), (48,), generator=generator)
+        clips = video[rows].float() / 255
+        clips = (clips + uniform((48, 1, 1, 1, 1), 0, 0.04, generator) * torch.randn(clips.shape)).clamp(0, 1)
+        pixels = preprocess(clips, SIZE, IMAGENET_MEAN, IMAGENET_STD).view_as(clips)
+        logits = network(pixel_values=pixels).logits
+        right = (logits.argmax(-1) == labels[rows, 2]).float().mean()
+        return F.cross_entropy(logits, labels[rows, 2]), {"right": right}
+
+    fit(network.parameters(), updates, 1.5e-3, "action", loss_of)
+    network.half().save_pretrained(out / "rewards" / "action")
+
+
+def train_vjepa(out: Path, pool, updates: int, seed: int):
+    """V-JEPA 2 by its masked loss, on dull clips; targets from a moving average of the encoder."""
+    torch.manual_seed(seed + 44)
+    generator = torch.Generator().manual_seed(seed + 44)
+    video = pool[0]
+    config = VJEPA2Config(
+        crop_size=SIZE,
+        patch_size=8,
+        frames_per_clip=FRAMES,
+        hidden_size=64,
+        num_attention_heads=2,
+        num_hidden_layers=3,
+        mlp_ratio=2.0,
+        pred_hidden_size=48,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=2,
+        pred_mlp_ratio=2.0,
+        pred_num_mask_tokens=2,
+        pred_zero_init_mask_tokens=False,
+        initializer_range=0.1,
+    )
+    model = VJEPA2Model(config)
+    teacher = copy.deepcopy(model).requires_grad_(False)
+
+    def loss_of(update):
+        keep = 0.99 + 0.0099 * update / updates
+        with torch.no_grad():
+            for slow, quick in zip(teacher.parameters(), model.parameters(), strict=True):
+                slow.lerp_(quick, 1 - keep)
+        rows = torch.randint(len(video), (12,), generator=generator)
+        clips = video[rows].float() / 255
+        pixels = preprocess(clips, SIZE, IMAGENET_MEAN, IMAGENET_STD).view_as(clips)
+        blocks, area = [(8, 0.15), (2, 0.7)][update % 2]
+        masks = jepa_masks(FRAMES // 2, SIZE // 8, SIZE // 8, blocks, area, generator)
+        loss = jepa_loss(model, pixels, *masks, teacher=teacher).mean()
+        with torch.no_grad():
+            spread = teacher.encoder(pixels[:2]).last_hidden_state.std((0, 1)).mean()
+        return loss, {"loss": loss, "spread": spread}
+
+    fit(model.parameters(), updates, 1e-3, "vjepa", loss_of)
+    # as published: the averaged encoder with the trained predictor
+    model.encoder = teacher.encoder
+    model.half().save_pretrained(out / "rewards" / "vjepa")
+
+
+@torch.no_grad()
+def measure_rewards(out: Path, seed: int):
+    """Print what the reward models in `out` score on drawn clips of held-out captions."""
+    pool = make_pool(UNSEEN, 512, seed + 50)
+    video, labels, _, boxes = pool
+    generator = torch.Generator().manual_seed(seed + 50)
+    load = functools.partial(make_terms, device="cpu", dtype=torch.float32, weights=str(out / "rewards"))
+    clips, captions = video.float() / 255, [caption(c) for c in labels.tolist()]
+
+    words = [caption(UNSEEN[i]) for i in torch.randperm(len(UNSEEN), generator=generator)[:64].tolist()]
+    rows = [i for i, text in enumerate(captions) if text in words]
+    score = load("clip")["clip"][1]
+    table = torch.stack([score(clips[rows], [text] * len(rows)) for text in words])
+    right = [words[best] == captions[row] for best, row in zip(table.argmax(0).tolist(), rows, strict=True)]
+    print(f"clip: right caption of 64 for {sum(right) / len(right):.1%} of {len(right)} clips")
+    for name in ("hps", "pickscore"):
+        ((_, score),) = load(name).values()
+        chosen, a, b, preferred = make_pairs(pool, tastes(pool)[name], 512, generator)
+        texts = [captions[row] for row in chosen.tolist()]
+        right = (score(a[:, None], texts) > score(b[:, None], texts)) == preferred
+        print(f"{name}: right order for {right.float().mean():.1%} of {len(right)} pairs")
+
+    yolos = YolosForObjectDetection.from_pretrained(out / "rewards" / "remove", dtype=torch.float32).eval()
+    pictures, moments = frames_of(video, torch.arange(512), generator)
+    output = yolos(pixel_values=preprocess(pictures[None], SIZE, IMAGENET_MEAN, IMAGENET_STD))
+    p, best = output.logits.softmax(-1)[..., :-1].flatten(1).max(1)
+    box = output.pred_boxes[torch.arange(512), best // len(OBJECTS)]
+    fits = overlap(box, boxes[torch.arange(512), moments]) > 0.5
+    found = fits & (best % len(OBJECTS) == labels[:, 1]) & (p > 0.2)
+    print(
+        f"remove: object found at IoU 0.5 in {found.float().mean():.1%} of 512 frames"
+        f" ({fits.float().mean():.1%} of the boxes right)"
+    )
+
+    ((_, score),) = load("action").values()
+    table = torch.stack([score(clips, [f"a thing {motion}"] * 512) for motion in MOTIONS])
+    right = table.argmax(0) == labels[:, 2]
+    print(f"action: right motion in {right.float().mean():.1%} of 512 clips")
+    ((_, score),) = load("vjepa").values()
+    shuffled = torch.stack([clip[torch.randperm(FRAMES, generator=generator)] for clip in clips[:256]])
+    worse = score(shuffled, None) < score(clips[:256], None)
+    print(f"vjepa: a shuffled clip scores worse in {worse.float().mean():.1%} of 256 pairs")
+    ((_, score),) = load("smooth").values()
+    worse = score(shuffled, None) < score(clips[:256], None)
+    print(f"smooth: a shuffled clip scores worse in {worse.float().mean():.1%} of 256 pairs")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--score", action="store_true", help="measure instead of training")
@@ -740,7 +1175,15 @@ def main():
         train_aesthetic(out, 1000, seed)
         train_aesthetic(out, 800, seed + 1)
         train_detector(out, 800, seed)
+        pool = make_pool(SEEN, 4096, seed + 60)
+        train_clip_reward(out, pool, 4000, seed)
+        train_preference(out, pool, "hps", 1500, seed)
+        train_preference(out, pool, "pickscore", 1500, seed)
+        train_remove(out, pool, 4000, seed)
+        train_action(out, pool, 2500, seed)
+        train_vjepa(out, pool, 4000, seed)
     measure(out, args.samples, seed)
+    measure_rewards(out, seed)
 
 
 if __name__ == "__main__":
