@@ -137,9 +137,8 @@ def make_aesthetic(device, dtype, arg=None, weights=None):
     """
     folder, name = source(weights, "aesthetic", None), "aesthetic-model.pth"
     path = Path(folder) / name if folder else hf_hub_download("trl-lib/ddpo-aesthetic-predictor", name)
-    clip = CLIPVisionModelWithProjection.from_pretrained(
-        folder or "openai/clip-vit-large-patch14", dtype=dtype
-    )
+    name = folder or "openai/clip-vit-large-patch14"
+    clip = CLIPVisionModelWithProjection.from_pretrained(name, dtype=dtype)
     head = AestheticHead(clip.config.projection_dim)
     head.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     clip = frozen(clip, device, dtype, ("CLIPEncoderLayer",))
@@ -340,16 +339,14 @@ def make_action(device, dtype, arg=None, weights=None):
             near = difflib.get_close_matches(prompt, config.id2label.values(), n=3, cutoff=0)
             near = ", ".join(near)
             raise BadReward(f"prompt {prompt!r} names no action; give one, as in action:{near} (the nearest)")
-        return max(held, key=len)
+        return pick_label(config.id2label, max(held, key=len), "action")
 
     def check(prompts):
         for prompt in dict.fromkeys(prompts) if fixed is None else ():
-            print(f"action: {label_of(prompt)!r} in {prompt!r}")
+            print(f"action: {config.id2label[label_of(prompt)]!r} in {prompt!r}")
 
     def reward(frames, prompts):
-        labels = [
-            pick_label(config.id2label, label_of(p), "action") if fixed is None else fixed for p in prompts
-        ]
+        labels = [label_of(p) if fixed is None else fixed for p in prompts]
         crop = dict(short_side=True, crop=size, mode="bilinear")
         pixels = preprocess(frames, size, IMAGENET_MEAN, IMAGENET_STD, **crop).unflatten(0, frames.shape[:2])
         logits = exact(network(pixel_values=pixels.to(dtype)).logits)  # (B, labels)
@@ -415,9 +412,8 @@ def make_vjepa(device, dtype, arg=None, weights=None):
     Averaged over two short-range masks (8 blocks of 15 %) and two long-range ones (2 of 70 %), the same ones
     at every call. Wants all frames (an odd last one is left out); --decode_frames 16 bounds what that costs.
     """
-    model = VJEPA2Model.from_pretrained(
-        source(weights, "vjepa", "facebook/vjepa2-vitl-fpc64-256"), dtype=dtype
-    )
+    model = source(weights, "vjepa", "facebook/vjepa2-vitl-fpc64-256")
+    model = VJEPA2Model.from_pretrained(model, dtype=dtype)
     model = frozen(model, device, dtype, ("VJEPA2Layer",))
     side, patch, tube = model.config.crop_size, model.config.patch_size, model.config.tubelet_size
 
@@ -498,9 +494,8 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
         weight, name, arg = found.groups()
         if name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0)[0]
-            raise BadReward(
-                f"unknown reward {name!r}: did you mean {near!r}? There are: {', '.join(REWARDS)}"
-            )
+            known = ", ".join(REWARDS)
+            raise BadReward(f"unknown reward {name!r}: did you mean {near!r}? There are: {known}")
         if (name, arg) in [known[1:] for known in terms]:
             raise BadReward(f"{said!r} stands twice in --reward {spec!r}: give it one weight")
         if name == "remove" and not arg:

@@ -327,10 +327,7 @@ def ddim_schedule(config: dict, num_inference_steps: int, eta=0.0, spacing="trai
     config: a scheduler_config.json. Raises BadInput when it is not affine or predicts something else.
     """
     clips = config.get("clip_sample", True) or config.get("thresholding", False)
-    need(
-        not clips,
-        "this model's scheduler clips its predictions, so it is not affine: set clip_sample to false",
-    )
+    need(not clips, "this scheduler clips its predictions, so it is not affine: set clip_sample to false")
     scheduler = DDIMScheduler.from_config(config, timestep_spacing=spacing)
     scheduler.set_timesteps(num_inference_steps)
     t, alphas = scheduler.timesteps, scheduler.alphas_cumprod.double()
@@ -517,9 +514,7 @@ def judge(terms: dict, video, prompts: list[str], chunk: int, pull=None) -> dict
         for view, share in views(reward, video, chunk):
             value = reward(view, prompts)
             good = value.shape == (len(prompts),) and (value.requires_grad or not pull)
-            need(
-                good, f"reward {name!r} must return one number per video, ({len(prompts)},), with a gradient"
-            )
+            need(good, f"reward {name!r} must return ({len(prompts)},), one per video, with a gradient")
             if pull:
                 pull((weight * share * value).sum())
             value = value.detach()
@@ -542,9 +537,9 @@ def score(model, terms: dict, x, prompts: list[str], frames: list[int], chunk=1,
     video.requires_grad_()
     found = judge(terms, video, prompts, chunk, lambda total: (scale(total) if scale else total).backward())
     # d loss / d reward: -1 / B, and with a hinge nothing for the videos that reached the target
-    slope = torch.full_like(found["reward"], -1 / len(x)) * (
-        1.0 if target is None else found["reward"] < target
-    )
+    slope = torch.full_like(found["reward"], -1 / len(x))
+    if target is not None:
+        slope = slope * (found["reward"] < target)
     v = video.grad * slope[:, None, None, None, None]
     del video
     x = x.detach().requires_grad_()
@@ -630,9 +625,8 @@ def batch_prompts(prompts: list[str], cfg: Config, batch: int) -> list[str]:
     """The prompts of the run's batch number `batch`: the file again and again, each time in a new order."""
     chosen = []
     for place in range(batch * cfg.batch_size, (batch + 1) * cfg.batch_size):
-        order = torch.randperm(
-            len(prompts), generator=generator_for(cfg.seed, "order", place // len(prompts))
-        )
+        shuffle = generator_for(cfg.seed, "order", place // len(prompts))
+        order = torch.randperm(len(prompts), generator=shuffle)
         chosen.append(prompts[order[place % len(prompts)]])
     return chosen
 
@@ -720,9 +714,8 @@ def start_run(cfg: Config, step: int):
     out.mkdir(parents=True, exist_ok=True)
     versions = {module.__name__: module.__version__ for module in (torch, diffusers, peft, transformers)}
     write_text(out / "config.json", json.dumps(dataclasses.asdict(cfg) | {"versions": versions}, indent=1))
-    write_text(
-        out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in read_metrics(out, until=step))
-    )
+    rows = "".join(json.dumps(row) + "\n" for row in read_metrics(out, until=step))
+    write_text(out / "metrics.jsonl", rows)
 
 
 # ---- 8. Loading, evaluation, page --------------------------------------------------------------------------

@@ -974,8 +974,23 @@ def overlap(a, b):
     return both / (a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - both)
 
 
+def warped(pictures, generator):
+    """Pictures bent and softened by up to a few pixels, as the video model's shapes are."""
+    n = len(pictures)
+    axis = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
+    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    bend = F.interpolate(torch.randn(n, 2, 9, 9, generator=generator), (SIZE, SIZE), mode="bicubic")
+    bend = bend * uniform((n, 1, 1, 1), 0, 0.08, generator)
+    grid = torch.stack([x, y], -1) + bend.permute(0, 2, 3, 1)
+    bent = F.grid_sample(pictures, grid, padding_mode="reflection", align_corners=False)
+    sigma = uniform((n,), 0, 1.2, generator)
+    return blur_rows(blur_rows(bent, sigma).transpose(-1, -2), sigma).transpose(-1, -2)
+
+
 def train_remove(out: Path, pool, updates: int, seed: int):
     """YOLOS by its set loss; with one object the best match is one query. One frame in five is empty.
+
+    Shapes are bent, and labels smoothed: a detector that is always sure leaves a reward no gradient.
 
     The published ones start from a trained classifier; here the class token reads the picture along the way,
     by heads that are thrown away. Without them nothing was learned in 4,000 updates.
@@ -1004,6 +1019,7 @@ def train_remove(out: Path, pool, updates: int, seed: int):
     def loss_of(update):
         rows = torch.randint(len(video), (64,), generator=generator)
         pictures, moments = frames_of(video, rows, generator)
+        pictures = warped(pictures, generator)
         true_box, true_class = boxes[rows, moments], labels[rows, 1].clone()
         # an empty frame: the band of rows above or below the object, or beside it, stretched over the frame
         for i in range(0, 64, 5):
@@ -1028,7 +1044,7 @@ def train_remove(out: Path, pool, updates: int, seed: int):
         wanted[each, best] = true_class
         weight = torch.ones(len(OBJECTS) + 1)
         weight[-1] = 0.3
-        classes = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight)
+        classes = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight, label_smoothing=0.1)
         near = ((5 * distance + 2 * (1 - shared))[each, best] * there).sum() / there.sum()
         right = (logits[each, best].argmax(-1) == true_class).float().mean()
         return classes + near + 0.5 * read, {"class": classes, "box": near, "read": read, "right": right}
@@ -1038,7 +1054,11 @@ def train_remove(out: Path, pool, updates: int, seed: int):
 
 
 def train_action(out: Path, pool, updates: int, seed: int):
-    """VideoMAE's classifier on the four motions, from scratch."""
+    """VideoMAE's classifier on the four motions, from scratch.
+
+    After a start at full speed, clips are played at -1 to 1 times it: backwards is the opposite motion, and
+    the slower, the less sure the label. So a reward can climb all the way from one motion to another.
+    """
     torch.manual_seed(seed + 43)
     generator = torch.Generator().manual_seed(seed + 43)
     video, labels, _, _ = pool
@@ -1057,22 +1077,30 @@ def train_action(out: Path, pool, updates: int, seed: int):
 
     def loss_of(update):
         rows = torch.randint(len(video), (48,), generator=generator)
-        clips = video[rows].float() / 255
-        clips = (clips + uniform((48, 1, 1, 1, 1), 0, 0.04, generator) * torch.randn(clips.shape)).clamp(0, 1)
+        speed = uniform((48,), -1.3, 1.3, generator).clamp(-1, 1)
+        speed = torch.ones(48) if update < 0.5 * updates else speed
+        moments = (3.5 + speed[:, None] * (torch.arange(FRAMES) - 3.5)).round().long()
+        clips = video[rows[:, None], moments].float() / 255
+        strength = uniform((48, 1, 1, 1, 1), 0, 0.08, generator)
+        clips = (clips + strength * torch.randn(clips.shape, generator=generator)).clamp(0, 1)
+        motion = torch.where(speed > 0, labels[rows, 2], labels[rows, 2] ^ 1)  # 0 and 1, 2 and 3 are opposite
+        sure = 0.95 * speed.abs()[:, None]
+        wanted = sure * F.one_hot(motion, 4) + (1 - sure) / 4
         pixels = preprocess(clips, SIZE, IMAGENET_MEAN, IMAGENET_STD).view_as(clips)
         logits = network(pixel_values=pixels).logits
-        right = (logits.argmax(-1) == labels[rows, 2]).float().mean()
-        return F.cross_entropy(logits, labels[rows, 2]), {"right": right}
+        right = (logits.argmax(-1) == motion)[speed.abs() > 0.5].float().mean()
+        return F.cross_entropy(logits, wanted), {"right": right}
 
     fit(network.parameters(), updates, 1.5e-3, "action", loss_of)
     network.half().save_pretrained(out / "rewards" / "action")
 
 
 def train_vjepa(out: Path, pool, updates: int, seed: int):
-    """V-JEPA 2 by its masked loss, on dull clips; targets from a moving average of the encoder."""
+    """V-JEPA 2 by its masked loss, on dull clips; targets from a moving average of the encoder. Goes on from
+    what is there."""
     torch.manual_seed(seed + 44)
     generator = torch.Generator().manual_seed(seed + 44)
-    video = pool[0]
+    video = pool[0].unflatten(0, (-1, 2, 32))[:, 1].flatten(0, 1)  # the dull ones
     config = VJEPA2Config(
         crop_size=SIZE,
         patch_size=8,
@@ -1089,7 +1117,10 @@ def train_vjepa(out: Path, pool, updates: int, seed: int):
         pred_zero_init_mask_tokens=False,
         initializer_range=0.1,
     )
+    folder = out / "rewards" / "vjepa"
     model = VJEPA2Model(config)
+    if folder.exists():  # a second leg
+        model = VJEPA2Model.from_pretrained(folder, dtype=torch.float32)
     teacher = copy.deepcopy(model).requires_grad_(False)
 
     def loss_of(update):
@@ -1110,7 +1141,7 @@ def train_vjepa(out: Path, pool, updates: int, seed: int):
     fit(model.parameters(), updates, 1e-3, "vjepa", loss_of)
     # as published: the averaged encoder with the trained predictor
     model.encoder = teacher.encoder
-    model.half().save_pretrained(out / "rewards" / "vjepa")
+    model.half().save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -1,0 +1,104 @@
+"""Train the tiny model on every reward, then score five of the LoRAs with all of them: two tables.
+
+    python bench/rewards.py                # all rewards, about an hour on 2 cores; finished runs are kept
+    python bench/rewards.py smooth hps     # only these
+
+Runs are those of the command line, in runs/rewards/. Writes bench/rewards.csv (reward on held-out prompts
+before and after, paired standard error, seconds) and bench/cross.csv (mean change of every reward on
+tiny/unseen.txt, in standard deviations of the base model's videos, for each LoRA).
+"""
+
+import csv
+import json
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).resolve().parent
+RUNS = HERE.parent / "runs" / "rewards"
+# a star is in few prompts, so that reward gets its own; motion is decided in the early steps, so they train
+ALL_STEPS = "--backprop_steps 5 --grad_steps spread --coupling 0"
+REWARDS = {
+    "aesthetic": "",
+    "clip": "",
+    "hps": "",
+    "pickscore": "",
+    "remove:star": f"--decode_frames 4 --prompts {RUNS}/star.txt --eval_prompts {RUNS}/unseen-star.txt",
+    "action:rising": ALL_STEPS,
+    "vjepa": "",
+    "smooth": "",
+    "dynamic": "",
+    "colorful": "",
+    "compressible": "",
+}
+CROSS = ["aesthetic", "hps", "action:rising", "smooth", "compressible"]
+
+
+def folder(spec: str) -> Path:
+    return RUNS / spec.replace(":", "-")
+
+
+def run(words: str):
+    """A command of the README's kind, with vader.py; returns its seconds."""
+    start = time.time()
+    subprocess.run([sys.executable, str(HERE.parent / "vader.py"), *shlex.split(words)], check=True)
+    return time.time() - start
+
+
+def train(spec: str) -> dict:
+    """One row of rewards.csv. A run that is there already is read, not made again."""
+    flags, out = REWARDS[spec], folder(spec)
+    command = f"--model tiny --reward {spec} --out {out} {flags}"
+    done = out / "seconds.txt"
+    if not done.exists():
+        seconds = run(command)
+        done.write_text(f"{seconds:.0f}")
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    results = [row["eval"]["reward"] for row in rows if "eval" in row]
+    gain = np.subtract(results[-1], results[0])
+    numbers = np.mean(results[0]), np.mean(results[-1]), gain.mean(), gain.std(ddof=1) / len(gain) ** 0.5
+    row = dict(zip(("base", "tuned", "gain", "error"), (f"{n:.3f}" for n in numbers), strict=True))
+    return {"reward": spec} | row | {"seconds": done.read_text(), "flags": flags.replace(f"{RUNS}/", "")}
+
+
+def cross(spec: str) -> dict:
+    """One row of cross.csv: what training on `spec` did to each reward, on prompts never trained on."""
+    out = RUNS / ("cross-" + folder(spec).name)
+    everything = " + ".join(name for name in REWARDS if name != "remove:star")
+    if not (out / "eval.json").exists():
+        prompts = HERE.parent / "tiny" / "unseen.txt"
+        run(f"--mode eval --lora {folder(spec)}/lora --reward '{everything}' --out {out} --prompts {prompts}")
+    result = json.loads((out / "eval.json").read_text())
+    row = {"trained on": spec}
+    for name in everything.split(" + "):
+        base, tuned = (np.array(result[side][name]) for side in ("base", "tuned"))
+        row[name] = f"{(tuned - base).mean() / base.std(ddof=1):+.2f}"
+    return row
+
+
+def write(path: Path, rows: list[dict]):
+    with open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    print(f"wrote {path}")
+
+
+def main():
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for name, source in (("star", "prompts.txt"), ("unseen-star", "tiny/unseen.txt")):
+        lines = (HERE.parent / source).read_text().splitlines()
+        (RUNS / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines if "star" in line))
+    chosen = sys.argv[1:]
+    rows = [train(spec) for spec in chosen or REWARDS]
+    if not chosen:
+        write(HERE / "rewards.csv", rows)
+        write(HERE / "cross.csv", [cross(spec) for spec in CROSS])
+
+
+if __name__ == "__main__":
+    main()
