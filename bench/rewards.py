@@ -10,6 +10,7 @@ tiny/unseen.txt, in standard deviations of the base model's videos, for each LoR
 
 import csv
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -20,22 +21,25 @@ import numpy as np
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE.parent / "runs" / "rewards"
-# a star is in few prompts, so that reward gets its own; motion is decided in the early steps, so they train
-ALL_STEPS = "--backprop_steps 5 --grad_steps spread --coupling 0"
+STAR = f"--prompts {RUNS}/star.txt --eval_prompts {RUNS}/unseen-star.txt"
+STILL = f"--prompts {RUNS}/still.txt --eval_prompts {RUNS}/unseen-still.txt"
+# the early steps decide what is there and how it moves, so they train too
+EARLY = "--backprop_steps 3 --grad_steps spread --coupling 0 --batch_size 4"
+MOVE = f"--num_inference_steps 5 {EARLY} --lr 2e-3"
 REWARDS = {
     "aesthetic": "",
-    "clip": "",
-    "hps": "",
-    "pickscore": "",
-    "remove:star": f"--decode_frames 4 --prompts {RUNS}/star.txt --eval_prompts {RUNS}/unseen-star.txt",
-    "action:rising": ALL_STEPS,
+    "clip": MOVE,
+    "hps": MOVE,
+    "pickscore": MOVE,
+    "remove:star": f"{STAR} --steps 40 --decode_frames 4",
+    "action:rising": f"{STILL} --steps 45 {EARLY}",
     "vjepa": "",
     "smooth": "",
     "dynamic": "",
     "colorful": "",
     "compressible": "",
 }
-CROSS = ["aesthetic", "hps", "action:rising", "smooth", "compressible"]
+CROSS = ["aesthetic", "hps", "smooth", "colorful", "compressible"]
 
 
 def folder(spec: str) -> Path:
@@ -90,9 +94,11 @@ def write(path: Path, rows: list[dict]):
 
 def main():
     RUNS.mkdir(parents=True, exist_ok=True)
-    for name, source in (("star", "prompts.txt"), ("unseen-star", "tiny/unseen.txt")):
+    for prefix, source in (("", "prompts.txt"), ("unseen-", "tiny/unseen.txt")):
         lines = (HERE.parent / source).read_text().splitlines()
-        (RUNS / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines if "star" in line))
+        still = [re.sub(" (rising|falling|drifting left|drifting right)", "", line) for line in lines]
+        (RUNS / f"{prefix}star.txt").write_text("\n".join(line for line in lines if "star" in line))
+        (RUNS / f"{prefix}still.txt").write_text("\n".join(still))
     chosen = sys.argv[1:]
     rows = [train(spec) for spec in chosen or REWARDS]
     if not chosen:
