@@ -32,6 +32,7 @@ REWARDS = {
     "hps": MOVE,
     "pickscore": MOVE,
     "remove:star": f"{STAR} --steps 40 --decode_frames 4",
+    "action": f"{MOVE} --steps 80",
     "action:rising": f"{STILL} --steps 45 {EARLY}",
     "vjepa": "",
     "smooth": "",
@@ -39,6 +40,7 @@ REWARDS = {
     "colorful": "",
     "compressible": "",
 }
+SUM = [name for name in REWARDS if name not in ("remove:star", "action:rising")]
 CROSS = ["aesthetic", "hps", "smooth", "colorful", "compressible"]
 
 
@@ -72,13 +74,12 @@ def train(spec: str) -> dict:
 def cross(spec: str) -> dict:
     """One row of cross.csv: what training on `spec` did to each reward, on prompts never trained on."""
     out = RUNS / ("cross-" + folder(spec).name)
-    everything = " + ".join(name for name in REWARDS if name != "remove:star")
     if not (out / "eval.json").exists():
-        prompts = HERE.parent / "tiny" / "unseen.txt"
-        run(f"--mode eval --lora {folder(spec)}/lora --reward '{everything}' --out {out} --prompts {prompts}")
+        flags = f"--lora {folder(spec)}/lora --out {out} --prompts {HERE.parent}/tiny/unseen.txt"
+        run(f"--mode eval --reward '{' + '.join(SUM)}' {flags}")
     result = json.loads((out / "eval.json").read_text())
     row = {"trained on": spec}
-    for name in everything.split(" + "):
+    for name in SUM:
         base, tuned = (np.array(result[side][name]) for side in ("base", "tuned"))
         row[name] = f"{(tuned - base).mean() / base.std(ddof=1):+.2f}"
     return row
