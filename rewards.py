@@ -89,7 +89,7 @@ def checkpoint_blocks(network: nn.Module, classes: tuple[str, ...]):
 
 
 def frozen(network, device, dtype, blocks=()):
-    """Eval mode, no weight gradients (the gradient goes through a reward, never into it), checkpointed."""
+    """Eval mode; no weight gradients, they go through a reward, never into it; checkpointed on a GPU."""
     if str(device).startswith("cuda"):
         checkpoint_blocks(network, blocks)
     return network.to(device, dtype).eval().requires_grad_(False)
@@ -114,6 +114,12 @@ def pick_label(names, wanted: str, what: str) -> int:
     return numbers[wanted.lower()]
 
 
+def need_frames(frames, least: int, name: str):
+    """Raises BadReward when a clip (B, N, 3, H, W) is too short for a reward."""
+    if frames.shape[1] < least:
+        raise BadReward(f"{name} needs at least {least} frames: raise --decode_frames or --num_frames")
+
+
 # ---- 2. Image rewards --------------------------------------------------------------------------------------
 
 
@@ -135,10 +141,10 @@ def make_aesthetic(device, dtype, arg=None, weights=None):
 
     Source: github.com/christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE`.
     """
-    folder, name = source(weights, "aesthetic", None), "aesthetic-model.pth"
-    path = Path(folder) / name if folder else hf_hub_download("trl-lib/ddpo-aesthetic-predictor", name)
-    name = folder or "openai/clip-vit-large-patch14"
-    clip = CLIPVisionModelWithProjection.from_pretrained(name, dtype=dtype)
+    folder, file = source(weights, "aesthetic", None), "aesthetic-model.pth"
+    path = Path(folder) / file if folder else hf_hub_download("trl-lib/ddpo-aesthetic-predictor", file)
+    model = folder or "openai/clip-vit-large-patch14"
+    clip = CLIPVisionModelWithProjection.from_pretrained(model, dtype=dtype)
     head = AestheticHead(clip.config.projection_dim)
     head.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     clip = frozen(clip, device, dtype, ("CLIPEncoderLayer",))
@@ -189,7 +195,7 @@ def load_clip(model, text_model, device, dtype):
 
 def make_clip(device, dtype, arg=None, weights=None):
     """Cosine of frame and prompt by CLIP (Radford et al. 2021), -1 to 1. arg: a hub id, else ViT-L/14."""
-    model = source(weights, "clip", arg or "openai/clip-vit-large-patch14")
+    model = arg or source(weights, "clip", "openai/clip-vit-large-patch14")
     clip, embed_image, embed_text = load_clip(model, model, device, dtype)
     size = clip.config.vision_config.image_size
     return image_text_reward(lambda f: embed_image(preprocess(f, size, CLIP_MEAN, CLIP_STD)), embed_text)
@@ -334,10 +340,10 @@ def make_action(device, dtype, arg=None, weights=None):
     network, size = frozen(network, device, dtype, ("VideoMAELayer",)), config.image_size
 
     def label_of(prompt):
-        held = [name for name in config.id2label.values() if name.lower() in prompt.lower()]
+        names = config.id2label.values()
+        held = [name for name in names if re.search(rf"\b{re.escape(name)}\b", prompt, re.IGNORECASE)]
         if not held:
-            near = difflib.get_close_matches(prompt, config.id2label.values(), n=3, cutoff=0)
-            near = ", ".join(near)
+            near = ", ".join(difflib.get_close_matches(prompt, names, n=3, cutoff=0))
             raise BadReward(f"prompt {prompt!r} names no action; give one, as in action:{near} (the nearest)")
         return pick_label(config.id2label, max(held, key=len), "action")
 
@@ -418,6 +424,7 @@ def make_vjepa(device, dtype, arg=None, weights=None):
     side, patch, tube = model.config.crop_size, model.config.patch_size, model.config.tubelet_size
 
     def reward(frames, prompts):
+        need_frames(frames, tube, "vjepa")
         n = frames.shape[1] // tube * tube
         crop = dict(short_side=True, crop=side, mode="bilinear")
         pixels = preprocess(frames[:, :n], side * 256 // 224, IMAGENET_MEAN, IMAGENET_STD, **crop)
@@ -444,6 +451,7 @@ def make_smooth(device, dtype, arg=None, weights=None):
     """
 
     def reward(frames, prompts):
+        need_frames(frames, 3, "smooth")
         first = coarse(frames).diff(dim=1)
         second = first.diff(dim=1)
         # the small number is a change of 1/100 of the range: less than that is still
@@ -457,6 +465,7 @@ def make_dynamic(device, dtype, arg=None, weights=None):
     """How much moves: mean absolute difference of neighbouring frames at 16 x 16, in percent. No network."""
 
     def reward(frames, prompts):
+        need_frames(frames, 2, "dynamic")
         return 100 * coarse(frames).diff(dim=1).abs().mean((1, 2, 3, 4))
 
     reward.frames = "all"
@@ -479,6 +488,10 @@ REWARDS = {
     "colorful": make_colorful,
     "compressible": make_compressible,
 }
+
+
+# the built-in rewards that would ignore an argument; yours may take one
+NO_ARGUMENT = {"aesthetic", "pickscore", "vjepa", "smooth", "dynamic", "colorful", "compressible"}
 
 
 def parse(spec: str) -> list[tuple[float, str, str | None]]:
@@ -508,6 +521,8 @@ def make_terms(spec: str, device, dtype, weights=None) -> dict:
     """Load the rewards of a weighted sum: {"name" or "name:arg": (weight, reward)}. Raises BadReward."""
     terms = {}
     for weight, name, arg in parse(spec):
+        if arg and name in NO_ARGUMENT:
+            raise BadReward(f"{name} takes nothing after the colon: --reward {name}")
         try:
             reward = REWARDS[name](device, dtype, arg, weights)
         except OSError as error:

@@ -303,7 +303,7 @@ def test_clamp_lets_gradient_through():
     assert y.tolist() == [0.0, 0.5, 1.0] and x.grad.tolist() == [1.0, 1.0, 1.0]
 
 
-# ---- 4. LoRA and checkpointing -----------------------------------------------------------------------------
+# ---- 4. LoRA -----------------------------------------------------------------------------------------------
 
 
 def gradients(model):
@@ -1077,6 +1077,33 @@ def test_action_takes_its_label_from_each_prompt_or_fails(capsys):
         reward.check(["a moon"])
     ((repeated, _),) = vader.views(reward, video[:, [0, 7]], 1)  # fewer frames than it wants
     assert repeated.shape[1] == reward.frames == 8 and reward(repeated, MOVING).shape == (3,)
+
+
+def test_action_labels_are_whole_words():
+    with pytest.raises(rewards.BadReward, match="names no action"):
+        make_one("action").check(["an enterprising kite"])
+
+
+@pytest.mark.parametrize("spec", ["colorful:x", "aesthetic:x", "vjepa:x"])
+def test_an_argument_that_would_be_ignored_is_refused(spec):
+    with pytest.raises(rewards.BadReward, match="takes nothing after the colon"):
+        make_one(spec)
+
+
+def test_clip_takes_the_model_it_is_told(monkeypatch):
+    asked = []
+    monkeypatch.setattr(rewards, "load_clip", lambda *args: asked.append(args) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_one("clip:some/other-clip")
+    assert asked[0][0] == "some/other-clip"
+
+
+@pytest.mark.parametrize("name, least", [("smooth", 3), ("dynamic", 2), ("vjepa", 2)])
+def test_too_short_a_clip_is_one_line(name, least):
+    reward, (video, _, _) = make_one(name), drawn(1)
+    assert torch.isfinite(reward(video[:, :least], ["a"])).all()
+    with pytest.raises(rewards.BadReward, match=f"{name} needs at least {least} frames"):
+        reward(video[:, : least - 1], ["a"])
 
 
 def test_vjepa_context_sees_no_masked_pixel(networks):

@@ -28,10 +28,10 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
     v               d loss / d frames                   w         classifier-free guidance scale
     K, T            trained steps, sampling steps
 
-Contents (search for "# ----"): 1 config, 2 schedule, 3 models, 4 LoRA and checkpointing, 5 rollout, score,
-walk back, 6 prompts and randomness, 7 files and resume, 8 loading, evaluation, page, 9 training, 10 sampling
-and scoring. What people change is marked "SWAP:". The loss is minus the reward, for every reward; the paper's
-per-reward loss forms are left out.
+Contents (search for "# ----"): 1 config, 2 schedule, 3 models, 4 LoRA, 5 rollout, score, walk back, 6 prompts
+and randomness, 7 files and resume, 8 loading, evaluation, page, 9 training, 10 sampling and scoring. Rewards,
+and `checkpoint_blocks`, which they use too, are in rewards.py. What people change is marked "SWAP:". The loss
+is minus the reward, for every reward; the paper's per-reward loss forms are left out.
 """
 
 import argparse
@@ -360,6 +360,7 @@ def straight_through_clamp(x):
 class TextToVideoUNet:
     """ModelScope, ZeroScope, tiny: UNet3DConditionModel, AutoencoderKL, a CLIP text encoder, DDIM."""
 
+    # blocks of the denoiser whose activations are recomputed
     checkpointed = ("ResnetBlock2D", "Transformer2DModel", "TransformerTemporalModel", "TemporalConvLayer")
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
@@ -419,7 +420,7 @@ class TextToVideoUNet:
 FAMILIES = {"TextToVideoSDPipeline": TextToVideoUNet}
 
 
-# ---- 4. LoRA and checkpointing -----------------------------------------------------------------------------
+# ---- 4. LoRA -----------------------------------------------------------------------------------------------
 
 
 def add_lora(model, cfg: Config):
@@ -503,7 +504,7 @@ def views(reward, video, chunk):
     return [(video[:, torch.linspace(0, video.shape[1] - 1, wanted).round().long()], 1.0)]
 
 
-def judge(terms: dict, video, prompts: list[str], chunk: int, pull=None) -> dict:
+def compute_rewards(terms: dict, video, prompts: list[str], chunk: int, pull=None) -> dict:
     """Rewards of video (B, N, 3, H, W): {"reward": (B,) weighted sum, term: (B,), "term figure": (B,)}.
 
     pull: called with each piece of the summed rewards, to differentiate it. Raises BadInput when a reward has
@@ -528,14 +529,16 @@ def score(model, terms: dict, x, prompts: list[str], frames: list[int], chunk=1,
     """Reward the picked frames of the clean latents x and pull the gradient back to x, chunk by chunk.
 
     x: (B, C, F, H, W) float32; frames: N indices; terms: {name: (weight, reward)}; target: of the hinge;
-    scale: multiplies what is differentiated (fp16). Returns `judge`'s figures and g like x: gradient of the
-    loss, minus the mean reward.
+    scale: multiplies what is differentiated (fp16). Returns `compute_rewards`' figures and g like x: gradient
+    of the loss, minus the mean reward.
     """
     pieces = [frames[i : i + chunk] for i in range(0, len(frames), chunk)]
     with torch.no_grad():
         video = torch.cat([model.decode(x, piece) for piece in pieces], dim=1)  # (B, N, 3, H, W)
     video.requires_grad_()
-    found = judge(terms, video, prompts, chunk, lambda total: (scale(total) if scale else total).backward())
+    found = compute_rewards(
+        terms, video, prompts, chunk, lambda total: (scale(total) if scale else total).backward()
+    )
     # d loss / d reward: -1 / B, and with a hinge nothing for the videos that reached the target
     slope = torch.full_like(found["reward"], -1 / len(x))
     if target is not None:
@@ -739,7 +742,8 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[str], reward=
     if reward is None:
         terms = make_terms(cfg.reward, cfg.device, dtype, cfg.reward_weights)
     for _, term in terms.values():
-        getattr(term, "check", lambda prompts: None)(prompts)
+        if hasattr(term, "check"):
+            term.check(prompts)
     model = family(source, cfg.device, dtype)
     schedule = model.schedule(cfg)
     conds = model.encode([*prompts, ""])
@@ -789,12 +793,12 @@ def make_videos(run: Run, prompts: list[str], first=0):
 
 @torch.no_grad()
 def evaluate(run: Run, prompts: list[str], folder: Path) -> dict:
-    """A video per prompt into `folder`, all frames scored: {"prompts"} and lists of `judge`'s figures."""
+    """A video per prompt into `folder`, all frames scored: {"prompts"} and lists of reward figures."""
     size, result = run.cfg.batch_size, {"prompts": prompts}
     for first in tqdm(range(0, len(prompts), size), desc=f"evaluate {folder.name}", leave=False):
         batch = prompts[first : first + size]
         videos = make_videos(run, batch, first)
-        for name, values in judge(run.terms, videos, batch, run.cfg.decode_chunk).items():
+        for name, values in compute_rewards(run.terms, videos, batch, run.cfg.decode_chunk).items():
             result.setdefault(name, []).extend(values.tolist())
         for n, video in enumerate(videos, first):
             write_video(folder / f"{n:03d}.mp4", video)

@@ -310,9 +310,8 @@ def tokenize(tokenizer, prompts):
     ).input_ids
 
 
-def make_clip(tokenizer, hidden=96) -> CLIPModel:
-    common = dict(hidden_size=hidden, num_attention_heads=4, projection_dim=64)
-    common["intermediate_size"] = 256 if hidden == 96 else 2 * hidden
+def make_clip(tokenizer, hidden=96, mlp=256) -> CLIPModel:
+    common = dict(hidden_size=hidden, intermediate_size=mlp, num_attention_heads=4, projection_dim=64)
     text = dict(
         **common,
         vocab_size=len(tokenizer),
@@ -819,7 +818,7 @@ def train_clip_reward(out: Path, pool, updates: int, seed: int):
     generator = torch.Generator().manual_seed(seed + 40)
     video, labels, _, _ = pool
     tokenizer = CLIPTokenizer.from_pretrained(out / "t2v" / "tokenizer")
-    clip = make_clip(tokenizer, hidden=64)
+    clip = make_clip(tokenizer, hidden=64, mlp=128)
     heads = nn.ModuleList(nn.Linear(64, n) for n in (6, 6, 4))
     tokens = {tuple(c): tokenize(tokenizer, [caption(c)]) for c in COMBINATIONS}
 
@@ -849,7 +848,7 @@ def make_pairs(pool, taste, n: int, generator):
     pictures a, b: (n, 3, 64, 64), and preferred: (n,) bool, True for a. Pairs closer than 0.5 are left out.
     """
     video, labels, _, _ = pool
-    first, kept = torch.randint(len(video), (4 * n,), generator=generator), []
+    first = torch.randint(len(video), (4 * n,), generator=generator)
     near = (labels[first][:, None, [0, 1, 3]] == labels[None, :, [0, 1, 3]]).sum(-1)  # words in common
     weight = torch.tensor([0.0, 0.02, 0.2, 1.0])[near] / torch.bincount(near.flatten(), minlength=4)[near]
     second = torch.multinomial(weight, 1, generator=generator)[:, 0]
@@ -1102,8 +1101,10 @@ def train_action(out: Path, pool, updates: int, seed: int):
 
 
 def train_vjepa(out: Path, pool, updates: int, seed: int):
-    """V-JEPA 2 by its masked loss, on dull clips; targets from a moving average of the encoder. Goes on from
-    what is there."""
+    """V-JEPA 2 by its masked loss on dull clips, with targets from a moving average of the encoder.
+
+    Goes on from what is there, so that it can be trained in legs.
+    """
     torch.manual_seed(seed + 44)
     generator = torch.Generator().manual_seed(seed + 44)
     video = pool[0].unflatten(0, (-1, 2, 32))[:, 1].flatten(0, 1)  # the dull ones
