@@ -23,8 +23,29 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, TextToVideoSDPipeline, UNet3DConditionModel
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    MotionAdapter,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableVideoDiffusionPipeline,
+    TextToVideoSDPipeline,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    UNetSpatioTemporalConditionModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,6 +58,9 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
     VideoMAEConfig,
     VideoMAEForVideoClassification,
     VideoMAEImageProcessor,
@@ -111,10 +135,10 @@ def settings(small, prompts_file, tmp_path):
     return Config(model=small, prompts=prompts_file, reward="colorful", **size, **run)
 
 
-def load(cfg, randomise=True):
+def load(cfg, randomise=True, prompts=None):
     """A vader.Run and its parts; the LoRA away from its zero start."""
     cfg, source, family = vader.resolve(cfg)
-    run = vader.load_run(cfg, source, family, PROMPTS)
+    run = vader.load_run(cfg, source, family, PROMPTS if prompts is None else prompts)
     model = run.model
     torch.manual_seed(1)
     for name, p in vader.lora_parameters(model).items() if randomise else ():
@@ -122,9 +146,9 @@ def load(cfg, randomise=True):
     return run, cfg, model, run.schedule, run.conds, run.terms
 
 
-def batch(cfg, model, conds, seed=0):
+def batch(cfg, model, conds, seed=0, prompts=PROMPTS):
     noise = torch.randn(2, *model.latent_shape(cfg), generator=torch.Generator().manual_seed(seed))
-    return PROMPTS, noise, vader.collate(conds, PROMPTS), vader.collate(conds, ["", ""])
+    return prompts, noise, vader.collate(conds, prompts), vader.collate(conds, ["", ""])
 
 
 def clip_reward(frames, prompts):
@@ -303,6 +327,228 @@ def test_clamp_lets_gradient_through():
     assert y.tolist() == [0.0, 0.5, 1.0] and x.grad.tolist() == [1.0, 1.0, 1.0]
 
 
+# Every other family on a small random checkpoint in its published layout, against its stock pipeline.
+
+LATENT_VAE = dict(
+    down_block_types=("DownEncoderBlock2D",) * 4, block_out_channels=(32,) * 4, layers_per_block=1
+)
+SD_BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+
+
+def randomised(network):
+    """With what diffusers sets to zero made random too, so that every part has a say."""
+    for p in network.parameters():
+        if p.abs().max() == 0:
+            torch.nn.init.normal_(p, std=0.05)
+    return network
+
+
+def small_text_encoder():
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    ids = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = CLIPTextConfig(**text, **ids, vocab_size=len(tokenizer), max_position_embeddings=32)
+    return dict(tokenizer=tokenizer, text_encoder=CLIPTextModel(config))
+
+
+def build_animatediff(folder: Path, parts=False):
+    """One AnimateDiffPipeline folder; with `parts`, a StableDiffusionPipeline and the adapter beside it."""
+    blocks = dict(block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8)
+    kinds = dict(down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"))
+    kinds["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D")
+    unet = randomised(UNet2DConditionModel(**blocks, **kinds, cross_attention_dim=32, attention_head_dim=8))
+    motion = dict(block_out_channels=(32, 64), motion_layers_per_block=1, motion_num_attention_heads=2)
+    adapter = randomised(MotionAdapter(**motion, motion_norm_num_groups=8))
+    vae = AutoencoderKL(**LATENT_VAE, up_block_types=("UpDecoderBlock2D",) * 4)
+    shared = dict(vae=vae, **small_text_encoder(), scheduler=PNDMScheduler(**SD_BETAS, steps_offset=1))
+    if parts:
+        adapter.save_pretrained(folder / "adapter")
+        shared |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        StableDiffusionPipeline(unet=unet, **shared).save_pretrained(folder)
+    else:
+        AnimateDiffPipeline(unet=unet, motion_adapter=adapter, **shared).save_pretrained(folder)
+
+
+def build_svd(folder: Path):
+    blocks = dict(block_out_channels=(32, 64), layers_per_block=1, num_attention_heads=(2, 4))
+    kinds = dict(down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"))
+    kinds["up_block_types"] = ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal")
+    times = dict(addition_time_embed_dim=32, projection_class_embeddings_input_dim=96, num_frames=5)
+    unet = randomised(UNetSpatioTemporalConditionModel(**blocks, **kinds, **times, cross_attention_dim=32))
+    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+    config = CLIPVisionConfig(**vision, image_size=224, patch_size=32, projection_dim=32)
+    levels = dict(sigma_min=0.002, sigma_max=700.0, use_karras_sigmas=True, timestep_type="continuous")
+    scheduler = EulerDiscreteScheduler(
+        **SD_BETAS, **levels, prediction_type="v_prediction", timestep_spacing="leading", steps_offset=1
+    )
+    StableVideoDiffusionPipeline(
+        vae=randomised(AutoencoderKLTemporalDecoder(**LATENT_VAE)),
+        image_encoder=CLIPVisionModelWithProjection(config),
+        unet=unet,
+        scheduler=scheduler,
+        feature_extractor=CLIPImageProcessor(),
+    ).save_pretrained(folder)
+
+
+def build_t5_tokenizer():
+    letters = [(f"\u2581{c}", -3.0) for c in "abcdefghijklmnopqrstuvwxyz"]
+    letters += [(c, -2.0) for c in "abcdefghijklmnopqrstuvwxyz\u2581"]
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0), *letters]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0)
+
+
+def build_wan(folder: Path):
+    heads = dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=48, freq_dim=32)
+    transformer = randomised(WanTransformer3DModel(**heads, text_dim=32, in_channels=16, out_channels=16))
+    text = dict(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=64)
+    flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    WanPipeline(
+        tokenizer=build_t5_tokenizer(),
+        text_encoder=UMT5EncoderModel(UMT5Config(**text)),
+        transformer=transformer,
+        vae=AutoencoderKLWan(base_dim=16, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1),
+        scheduler=UniPCMultistepScheduler(**flow),
+    ).save_pretrained(folder)
+
+
+BUILDERS = {
+    "animatediff": build_animatediff,
+    "animatediff-parts": functools.partial(build_animatediff, parts=True),
+    "svd": build_svd,
+    "wan": build_wan,
+}
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory):
+    @functools.cache
+    def build(name):
+        torch.manual_seed(0)
+        folder = tmp_path_factory.mktemp("families") / name
+        BUILDERS[name](folder)
+        return folder
+
+    return build
+
+
+@pytest.fixture(params=list(BUILDERS))
+def other(request, checkpoints, tmp_path, monkeypatch):
+    """A family's name, its Config and two prompts for it."""
+    name, folder = request.param, checkpoints(request.param)
+    monkeypatch.setattr(vader.AnimateDiff, "motion", str(folder / "adapter"))
+    size = dict(num_frames=5, height=32, width=48, num_inference_steps=4, guidance_scale=3.0, batch_size=2)
+    run = dict(steps=1, eval_videos=2, grad_accum=1, lora_rank=4, backprop_steps=2, out=str(tmp_path / "run"))
+    cfg = Config(model=str(folder), **size, **run, reward="colorful", prompts=str(tmp_path / "prompts.jsonl"))
+    for n, photo in enumerate(["cat", "rocket"]):
+        shutil.copy(HERE / "tiny" / f"photo-{photo}.jpg", tmp_path / f"{n}.jpg")
+    lines = [json.dumps({"prompt": text, "image": f"{n}.jpg"}) for n, text in enumerate(PROMPTS)]
+    Path(cfg.prompts).write_text("\n".join(lines))
+    return name.split("-")[0], cfg, vader.read_prompts(cfg.prompts)
+
+
+def stock_pipeline(kind, cfg):
+    """The stock pipeline of a family's checkpoint, with a first-order scheduler."""
+    pipe = DiffusionPipeline.from_pretrained(cfg.model, dtype=torch.float32)
+    if kind == "animatediff":
+        if not isinstance(pipe, AnimateDiffPipeline):
+            adapter = MotionAdapter.from_pretrained(Path(cfg.model) / "adapter")
+            pipe = AnimateDiffPipeline.from_pretrained(cfg.model, motion_adapter=adapter, dtype=torch.float32)
+        spaced = dict(beta_schedule="linear", clip_sample=False, timestep_spacing="trailing")
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **spaced)
+    if kind == "wan":
+        pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def other_stock_frames(pipe, cfg, prompts, noise):
+    """Frames (B, F, 3, H, W) in [0, 1] of the stock pipeline, same noise."""
+    run = dict(num_frames=cfg.num_frames, height=cfg.height, width=cfg.width, output_type="pt")
+    run["num_inference_steps"] = cfg.num_inference_steps
+    if isinstance(pipe, StableVideoDiffusionPipeline):
+        images = [Image.open(prompt.image).convert("RGB") for prompt in prompts]
+        draws = [vader.generator_for("image noise") for _ in images]
+        run |= dict(max_guidance_scale=cfg.guidance_scale, decode_chunk_size=1, generator=draws)
+        noise = noise.transpose(1, 2)
+        # the stock encoder wants pictures of one size
+        together = zip(images, draws, noise, strict=True)
+        parts = [pipe(i, latents=n[None], **run | {"generator": d}).frames for i, d, n in together]
+        return torch.cat([torch.stack(list(part)) for part in parts])
+    texts = [str(prompt) for prompt in prompts]
+    return pipe(texts, latents=noise, guidance_scale=cfg.guidance_scale, **run).frames
+
+
+def test_other_families_equal_their_stock_pipeline(other):
+    kind, cfg, prompts = other
+    _, cfg, model, schedule, conds, _ = load(cfg, randomise=False, prompts=prompts)
+    _, noise, cond, uncond = batch(cfg, model, conds, prompts=prompts)
+    latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
+    parts = [[n] for n in range(noise.shape[2])] if model.time == 1 else [list(range(noise.shape[2]))]
+    with torch.no_grad():
+        ours = torch.cat([model.decode(latents[-1], part) for part in parts], dim=1)
+    pipe = stock_pipeline(kind, cfg)
+    theirs = other_stock_frames(pipe, cfg, prompts, noise)
+    print(f"{kind}: greatest difference {(ours - theirs).abs().max():.1e}")
+    assert ours.shape == theirs.shape == (2, 5, 3, 32, 48) and ours.std() > 0.01
+    assert ours[0].sub(ours[1]).abs().max() > 0.01
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4)
+
+
+def test_other_families_walk_back_equals_plain_autograd(other):
+    kind, cfg, prompts = other
+    run, cfg, model, schedule, conds, terms = load(cfg, prompts=prompts)
+    _, noise, cond, uncond = batch(cfg, model, conds, prompts=prompts)
+    picks = [0, 1]
+    latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
+    _, g = vader.score(model, terms, latents[-1], prompts, picks, chunk=2)
+    vader.walk_back(model, schedule, latents, g, cond, uncond, vader.trained_steps(cfg, None), cfg)
+    ours = gradients(model)
+    clear(model)
+    theirs = autograd_gradient(
+        model, schedule, cfg, terms, prompts, noise, cond, uncond, picks, cfg.backprop_steps, True
+    )
+    assert theirs.norm() > 0 and (ours - theirs).norm() / theirs.norm() < 1e-4
+
+
+def test_other_families_checkpointing_changes_no_gradient(other):
+    kind, cfg, prompts = other
+    found = []
+    for on in (True, False):
+        run, cfg, model, *_ = load(dataclasses.replace(cfg, checkpointing=on), prompts=prompts)
+        vader.micro_batch(run, prompts, 0, 0, NO_SCALING)
+        found.append(gradients(model))
+    assert found[0].norm() > 0
+    assert (found[0] - found[1]).norm() / found[1].norm() < 1e-4
+
+
+def test_other_families_lora_loads_in_stock_diffusers(other, tmp_path):
+    kind, cfg, prompts = other
+    _, cfg, model, schedule, conds, _ = load(dataclasses.replace(cfg, lora_alpha=8), prompts=prompts)
+    _, noise, cond, uncond = batch(cfg, model, conds, prompts=prompts)
+    vader.save_lora(model, tmp_path / "lora")
+    clean = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)[-1]
+    parts = [[n] for n in range(noise.shape[2])] if model.time == 1 else [list(range(noise.shape[2]))]
+    with torch.no_grad():
+        ours = torch.cat([model.decode(clean, part) for part in parts], dim=1)
+    pipe = stock_pipeline(kind, cfg)
+    without = other_stock_frames(pipe, cfg, prompts, noise)
+    if kind == "svd":
+        pipe.unet = PeftModel.from_pretrained(pipe.unet, tmp_path / "lora")
+    else:
+        pipe.load_lora_weights(tmp_path / "lora")
+    theirs = other_stock_frames(pipe, cfg, prompts, noise)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    assert (without - theirs).abs().max() > 0.01
+
+
+def test_other_families_train_end_to_end(other):
+    kind, cfg, _ = other
+    rows = vader.train(dataclasses.replace(cfg, eval_prompts=cfg.prompts))
+    assert [row["step"] for row in rows] == [0, 1, 1] and math.isfinite(rows[1]["grad_norm"])
+    named = "first frame's difference from the image" in rows[0]["eval"]
+    assert named == (kind == "svd")
+
+
 # ---- 4. LoRA -----------------------------------------------------------------------------------------------
 
 
@@ -360,14 +606,16 @@ def test_a_lora_of_another_model_is_refused(settings, tmp_path, capsys):
 
 def autograd_gradient(model, schedule, cfg, terms, prompts, noise, cond, uncond, frames, K, coupled):
     """The same gradient by one plain graph through sampler, VAE and reward."""
-    x, T = noise, cfg.num_inference_steps
+    x, T = schedule.start * noise, cfg.num_inference_steps
+    w = model.guidance(cfg.guidance_scale, noise.shape[2])
     both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
     for i in range(T):
         with torch.set_grad_enabled(i >= T - K):
             seen = x if coupled else x.detach()
-            f_uncond, f_cond = model.denoise(torch.cat([seen, seen]), schedule.t[i], both).chunk(2)
+            scaled = float(schedule.c[i]) * torch.cat([seen, seen])
+            f_uncond, f_cond = model.denoise(scaled, schedule.t[i], both).chunk(2)
             f_uncond = f_uncond.detach() if cfg.detach_uncond else f_uncond
-            f = f_uncond + cfg.guidance_scale * (f_cond - f_uncond)
+            f = f_uncond + w * (f_cond - f_uncond)
             x = float(schedule.a[i]) * x + float(schedule.b[i]) * f
     video = model.decode(x, frames)
     (-sum(weight * reward(video, prompts) for weight, reward in terms.values()).mean()).backward()

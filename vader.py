@@ -66,15 +66,38 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    MotionAdapter,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+    WanTransformer3DModel,
+)
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
 from peft.tuners.lora import LoraLayer
+from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
+from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import (
+    AutoTokenizer,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+    UMT5EncoderModel,
+)
 
-from rewards import BadReward, checkpoint_blocks, make_terms, parse
+from rewards import CLIP_MEAN, CLIP_STD, BadReward, checkpoint_blocks, make_terms, parse
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 
@@ -146,13 +169,17 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 if the GPU can, else fp16; CPU fp32
 
 
-# SWAP: your model's defaults, where the config says None. Other models: modelscope's, at their native size.
+# SWAP: your model's defaults, where the config says None. Other models take those of their family's `preset`.
 PRESET_FIELDS = ("source", "num_frames", "height", "width", "num_inference_steps", "guidance_scale")
 PRESET_FIELDS += ("steps", "eval_every", "lr", "batch_size", "grad_accum", "lora_rank")
+SD15, SVD = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-video-diffusion-img2vid"
 PRESETS = {
     "tiny": (str(HERE / "tiny" / "t2v"), 8, 64, 64, 10, 4.0, 50, 25, 1e-3, 2, 1, 8),
     "modelscope": ("ali-vilab/text-to-video-ms-1.7b", 16, 256, 256, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
     "zeroscope": ("cerspense/zeroscope_v2_576w", 24, 320, 576, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
+    "animatediff": (SD15, 16, 512, 512, 25, 7.5, 200, 50, 2e-4, 1, 4, 16),
+    "svd": (SVD, 14, 576, 1024, 25, 3.0, 200, 50, 2e-4, 1, 4, 16),
+    "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 81, 480, 832, 30, 5.0, 200, 50, 1e-4, 1, 4, 16),
 }
 
 
@@ -234,14 +261,13 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     if model not in PRESETS and not Path(model).is_dir() and "/" not in model:
         near = nearest(model, PRESETS)
         raise BadInput(f"unknown model {model!r}: did you mean {near!r}? A hub id or a folder will do too")
-    preset = dict(zip(PRESET_FIELDS, PRESETS.get(model, PRESETS["modelscope"]), strict=True))
-    source = preset.pop("source")
-    source = source if model in PRESETS else model
+    source = PRESETS[model][0] if model in PRESETS else model
     pipeline = read_config(source, "model_index.json").get("_class_name")
     need(pipeline in FAMILIES, f"{source} is a {pipeline}; there is code for: {', '.join(FAMILIES)}")
     family = FAMILIES[pipeline]
+    preset = dict(zip(PRESET_FIELDS[1:], PRESETS.get(model, PRESETS[family.preset])[1:], strict=True))
     if model not in PRESETS:
-        preset["height"], preset["width"] = family.native_size(source)
+        preset |= family.native_size(source)
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     preset["dtype"] = "fp32" if device == "cpu" else "bf16" if bf16 else "fp16"
     # "remove:book + 0.5*hps" becomes the folder name remove-book-0.5-hps
@@ -258,7 +284,11 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     need(K <= T, f"--backprop_steps {K}: there are only {T} denoising steps, use {T} or less")
     frames = cfg.decode_frames or 1
     need(frames <= cfg.num_frames, f"--decode_frames {frames}: the video has only {cfg.num_frames} frames")
-    need(cfg.height % 8 == cfg.width % 8 == 0, "--height and --width must be multiples of 8")
+    side, time = family.multiple, family.time
+    need(cfg.height % side == cfg.width % side == 0, f"--height and --width must be multiples of {side}")
+    good = (cfg.num_frames - 1) % time == 0
+    need(good, f"--num_frames {cfg.num_frames}: this model makes 1 more than a multiple of {time} frames")
+    need(cfg.eta == 0 or family.stochastic, "--eta adds noise in DDIM; this model has another sampler: eta 0")
     has_8bit = importlib.util.find_spec("bitsandbytes") or cfg.optimizer != "adamw8bit"
     need(has_8bit, "--optimizer adamw8bit needs bitsandbytes: pip install bitsandbytes")
     need(cfg.lora or cfg.mode == "train", f"--mode {cfg.mode} needs --lora: a training run's lora folder")
@@ -302,7 +332,8 @@ class Schedule:
     """A first-order sampler as tables, one entry per step.
 
     x[i+1] = a x[i] + b f + s noise, with f = denoise(c x[i], t); predicted clean latents: p x[i] + q f.
-    t: (T,) int64; a, b, c, p, q, s: (T,) float64, no unit.
+    t: (T,), int64, or float32 where the model wants that; a, b, c, p, q, s: (T,) float64, no unit.
+    start: scale of the first noise.
     """
 
     t: torch.Tensor
@@ -312,6 +343,7 @@ class Schedule:
     p: torch.Tensor
     q: torch.Tensor
     s: torch.Tensor
+    start: float = 1.0
 
     def __len__(self):
         return len(self.t)
@@ -348,6 +380,33 @@ def ddim_schedule(config: dict, num_inference_steps: int, eta=0.0, spacing="trai
     return Schedule(t=t, a=a, b=b, c=torch.ones_like(now), p=p, q=q, s=s)
 
 
+def edm_schedule(config: dict, num_inference_steps: int) -> Schedule:
+    """Euler steps over noise levels sigma, v prediction (Karras et al. 2022, alg. 1 and eq. 7)."""
+    scheduler = EulerDiscreteScheduler.from_config(config)
+    kind = scheduler.config.prediction_type
+    need(kind == "v_prediction", f"this model predicts {kind}; Euler over noise levels here: v_prediction")
+    scheduler.set_timesteps(num_inference_steps)
+    sigmas = scheduler.sigmas.double()
+    now, then = sigmas[:-1], sigmas[1:]
+    p, q = 1 / (now**2 + 1), -now / (now**2 + 1).sqrt()
+    # x' = x + (then - now) * (x - x0) / now
+    ratio = then / now
+    a, b, c = ratio + (1 - ratio) * p, (1 - ratio) * q, 1 / (now**2 + 1).sqrt()
+    start = float(scheduler.init_noise_sigma)
+    return Schedule(t=scheduler.timesteps, a=a, b=b, c=c, p=p, q=q, s=torch.zeros_like(a), start=start)
+
+
+def flow_schedule(sigmas) -> Schedule:
+    """Euler steps of rectified flow (Liu et al. 2022): x = (1 - sigma) x0 + sigma noise, f = noise - x0.
+
+    sigmas: (T + 1,), from 1 down to 0.
+    """
+    sigmas = sigmas.double()
+    now, one = sigmas[:-1], torch.ones(len(sigmas) - 1, dtype=torch.float64)
+    t = (1000 * now).float()
+    return Schedule(t=t, a=one, b=sigmas.diff(), c=one, p=one, q=-now, s=0 * one)
+
+
 # ---- 3. Models ---------------------------------------------------------------------------------------------
 
 
@@ -356,68 +415,312 @@ def straight_through_clamp(x):
     return x + (x.clamp(0, 1) - x).detach()
 
 
+def runs(picks: list[int]) -> list[tuple[int, int]]:
+    """First and last of each run of consecutive numbers: [0, 1, 4] -> [(0, 1), (4, 4)]."""
+    firsts = [n for n in picks if n - 1 not in picks]
+    lasts = [n for n in picks if n + 1 not in picks]
+    return list(zip(firsts, lasts, strict=True))
+
+
+def checkpoint_cached_blocks(vae):
+    """As `checkpoint_blocks`, for Wan's VAE, whose blocks read and write a list of earlier frames' features.
+
+    The block's part of the list becomes arguments and results, so that computing it again does no harm.
+    """
+
+    def recomputed(forward, slots, x, feat_cache, feat_idx):
+        if not torch.is_grad_enabled():
+            return forward(x, feat_cache=feat_cache, feat_idx=feat_idx)
+
+        def pure(x, *before):
+            after = list(before)
+            return forward(x, feat_cache=after, feat_idx=[0]), *after
+
+        first = feat_idx[0]
+        before = feat_cache[first : first + slots]
+        y, *after = checkpoint(pure, x, *before, use_reentrant=False, preserve_rng_state=False)
+        feat_cache[first : first + slots] = after
+        feat_idx[0] += slots
+        return y
+
+    for module in vae.modules():
+        if type(module).__name__ == "WanResidualBlock":
+            module.forward = functools.partial(recomputed, module.forward, 2)
+
+
+def read_image(path: str, height=None, width=None):
+    """An image file as (3, H, W) float32 in [0, 1], resized if a size is given."""
+    picture = Image.open(path).convert("RGB")
+    if height:
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
 # SWAP: your model. A family is these members, listed in FAMILIES by the _class_name of its model_index.json.
 class TextToVideoUNet:
     """ModelScope, ZeroScope, tiny: UNet3DConditionModel, AutoencoderKL, a CLIP text encoder, DDIM."""
 
-    # blocks of the denoiser whose activations are recomputed
+    preset = "modelscope"  # whose defaults other models of this family take
+    denoiser_class, folder = UNet3DConditionModel, "unet"
+    vae_class = AutoencoderKL
+    # blocks whose activations are recomputed, in the denoiser and in the VAE
     checkpointed = ("ResnetBlock2D", "Transformer2DModel", "TransformerTemporalModel", "TemporalConvLayer")
+    vae_checkpointed = ("ResnetBlock2D",)
+    lora_prefix = None  # of the keys that the stock pipeline's load_lora_weights wants, where it has that
+    multiple, time = 8, 1  # pixels per side are a multiple of the first; frames in a latent frame
+    stochastic = True  # the sampler takes --eta
+    images = False  # makes its video from an image
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
         self.denoiser = self.vae = None
 
-    @staticmethod
-    def skeleton(source) -> torch.nn.Module:
+    @classmethod
+    def skeleton(cls, source) -> torch.nn.Module:
         """The denoiser without its weights, to check names and shapes."""
         with torch.device("meta"):
-            return UNet3DConditionModel.from_config(read_config(source, "unet/config.json"))
+            return cls.denoiser_class.from_config(read_config(source, f"{cls.folder}/config.json"))
 
-    @staticmethod
-    def native_size(source) -> tuple[int, int]:
-        """Height and width in pixels that the model was made for."""
+    @classmethod
+    def native_size(cls, source) -> dict[str, int]:
+        """Height and width in pixels that the model was made for, where its files say so."""
         size = read_config(source, "unet/config.json").get("sample_size") or 32
-        return (8 * size, 8 * size) if isinstance(size, int) else (8 * size[0], 8 * size[1])
+        height, width = (size, size) if isinstance(size, int) else size
+        return {"height": 8 * height, "width": 8 * width}
 
     def schedule(self, cfg: Config) -> Schedule:
         config = read_config(self.source, "scheduler/scheduler_config.json")
         return ddim_schedule(config, cfg.num_inference_steps, cfg.eta, cfg.timestep_spacing)
 
     @torch.no_grad()
-    def encode(self, prompts: list[str]) -> dict[str, dict]:
-        """Each prompt's conditioning, without batch dimension. Loads the text encoder, and frees it."""
+    def encode(self, prompts: list[str], cfg: Config) -> dict[tuple, dict]:
+        """{`cond_key`: conditioning, without batch dimension}. Loads the text encoder, and frees it."""
         tokenizer = CLIPTokenizer.from_pretrained(self.source, subfolder="tokenizer")
         encoder = CLIPTextModel.from_pretrained(self.source, subfolder="text_encoder", dtype=self.dtype)
         encoder.to(self.device)
         conds = {}
-        for prompt in dict.fromkeys(prompts):
+        for prompt in prompts:
             tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            conds[prompt] = {"encoder_hidden_states": encoder(tokens.to(self.device))[0][0]}  # (L, D)
+            conds[cond_key(prompt)] = {"encoder_hidden_states": encoder(tokens.to(self.device))[0][0]}
         return conds
 
     def load(self):
         """Load the denoiser and the VAE, frozen, without dropout (recomputing must give the same numbers)."""
-        self.denoiser = UNet3DConditionModel.from_pretrained(self.source, subfolder="unet", dtype=self.dtype)
-        self.vae = AutoencoderKL.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
+        self.denoiser = self.load_denoiser()
+        self.vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
         for part in (self.denoiser, self.vae):
             part.to(self.device).eval().requires_grad_(False)
+
+    def load_denoiser(self):
+        return self.denoiser_class.from_pretrained(self.source, subfolder=self.folder, dtype=self.dtype)
 
     def latent_shape(self, cfg: Config) -> tuple[int, ...]:
         """(C, F, H / 8, W / 8) of one video."""
         return (self.denoiser.config.in_channels, cfg.num_frames, cfg.height // 8, cfg.width // 8)
 
+    def guidance(self, scale: float, frames: int):
+        """Classifier-free guidance scale: a number, or (F, 1, 1) for latents (B, C, F, H, W)."""
+        return scale
+
     def denoise(self, x, t, cond):
-        """x: (B, C, F, H, W) float32, t: () int64, cond: dict of (B, ...) -> f: (B, C, F, H, W) float32."""
+        """x: (B, C, F, H, W) float32, t: (), cond: dict of (B, ...) -> f: (B, C, F, H, W) float32."""
         return self.denoiser(x.to(self.dtype), t.to(self.device), **cond, return_dict=False)[0].float()
 
-    def decode(self, latents, frames):
-        """latents: (B, C, F, H, W) float32, frames: N indices -> (B, N, 3, 8 H, 8 W) float32 in [0, 1]."""
-        picked = latents[:, :, frames].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
+    def decode(self, latents, picks):
+        """latents: (B, C, F, H, W) float32, picks: sorted indices of F -> (B, N, 3, H, W) float32 in [0, 1].
+
+        N frames: as many as picks, or where a latent frame holds several, all of those picked.
+        """
+        picked = latents[:, :, picks].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
         pictures = self.vae.decode(picked.to(self.dtype), return_dict=False)[0].float()
-        return straight_through_clamp(pictures / 2 + 0.5).unflatten(0, (-1, len(frames)))
+        return straight_through_clamp(pictures / 2 + 0.5).unflatten(0, (-1, len(picks)))
 
 
-FAMILIES = {"TextToVideoSDPipeline": TextToVideoUNet}
+class AnimateDiff(TextToVideoUNet):
+    """AnimateDiff (Guo et al. 2023): Stable Diffusion 1.5 with a motion adapter, in one folder or two."""
+
+    preset, lora_prefix = "animatediff", "unet"
+    denoiser_class, motion = UNetMotionModel, "guoyww/animatediff-motion-adapter-v1-5-2"
+    checkpointed = ("ResnetBlock2D", "Transformer2DModel", "AnimateDiffTransformer3D")
+
+    @classmethod
+    def skeleton(cls, source):
+        if read_config(source, "unet/config.json")["_class_name"] == "UNetMotionModel":
+            return super().skeleton(source)
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(read_config(source, "unet/config.json"))
+            adapter = MotionAdapter.from_config(read_config(cls.motion, "config.json"))
+            return UNetMotionModel.from_unet2d(unet, adapter, load_weights=False)
+
+    def schedule(self, cfg):
+        # the adapter was trained on linear betas, whatever the image model's scheduler says
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        config |= {"beta_schedule": "linear", "clip_sample": False}
+        return ddim_schedule(config, cfg.num_inference_steps, cfg.eta, cfg.timestep_spacing)
+
+    def load_denoiser(self):
+        if read_config(self.source, "unet/config.json")["_class_name"] == "UNetMotionModel":
+            return super().load_denoiser()
+        unet = UNet2DConditionModel.from_pretrained(self.source, subfolder="unet", dtype=self.dtype)
+        return UNetMotionModel.from_unet2d(unet, MotionAdapter.from_pretrained(self.motion)).to(self.dtype)
+
+    def denoise(self, x, t, cond):
+        text = cond["encoder_hidden_states"].repeat_interleave(x.shape[2], dim=0)  # every frame has its own
+        return super().denoise(x, t, {"encoder_hidden_states": text})
+
+
+class StableVideoDiffusion(TextToVideoUNet):
+    """SVD (Blattmann et al. 2023), image to video: v prediction over noise levels, guidance by frame."""
+
+    preset = "svd"
+    denoiser_class, vae_class = UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder
+    checkpointed = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel")
+    vae_checkpointed = ("SpatioTemporalResBlock",)
+    stochastic, images = False, True
+    # the model's own defaults: frames per second less one, how much moves, noise on the image
+    time_ids = (6.0, 127.0, 0.02)
+
+    def schedule(self, cfg):
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        return edm_schedule(config, cfg.num_inference_steps)
+
+    @torch.no_grad()
+    def encode(self, prompts, cfg):
+        encoder = CLIPVisionModelWithProjection.from_pretrained(
+            self.source, subfolder="image_encoder", dtype=self.dtype
+        ).to(self.device)
+        # in half precision this encoder overflows on some images
+        precise = torch.float32 if self.dtype == torch.float16 else self.dtype
+        vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=precise).to(self.device)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+        conds, time_ids = {}, torch.tensor(self.time_ids, device=self.device, dtype=self.dtype)
+        for prompt in filter(None, prompts):
+            small = self.shrink(read_image(prompt.image) * 2 - 1) / 2 + 0.5
+            pixels = ((small - mean) / std)[None].to(self.device, self.dtype)
+            noise = torch.randn(1, 3, cfg.height, cfg.width, generator=generator_for("image noise"))
+            start = read_image(prompt.image, cfg.height, cfg.width)[None] * 2 - 1 + self.time_ids[2] * noise
+            latents = vae.encode(start.to(self.device, precise)).latent_dist.mode()[0]
+            conds[cond_key(prompt)] = {
+                "embedding": encoder(pixels).image_embeds,  # (1, D)
+                "image_latents": latents.to(self.dtype),  # (C, H / 8, W / 8), unscaled
+                "time_ids": time_ids,
+            }
+        # unconditional: an empty image
+        first = next(iter(conds.values()))
+        nothing = {name: torch.zeros_like(value) for name, value in first.items()}
+        return conds | {cond_key(""): nothing | {"time_ids": time_ids}}
+
+    @staticmethod
+    def shrink(picture):
+        """(3, H, W) -> (3, 224, 224): a Gaussian blur against aliasing, then bicubic with corners aligned."""
+        height, width = picture.shape[1:]
+        sigma = [max((side / 224 - 1) / 2, 0.001) for side in (width, height)]
+        kernel = [int(max(4 * s, 3)) for s in sigma]
+        blurred = gaussian_blur(picture, [size + 1 - size % 2 for size in kernel], sigma)
+        resize = functools.partial(torch.nn.functional.interpolate, mode="bicubic", align_corners=True)
+        return resize(blurred[None], (224, 224))[0]
+
+    def latent_shape(self, cfg):
+        return (self.vae.config.latent_channels, cfg.num_frames, cfg.height // 8, cfg.width // 8)
+
+    def guidance(self, scale, frames):
+        return torch.linspace(1, scale, frames, device=self.device)[:, None, None]
+
+    def denoise(self, x, t, cond):
+        image = cond["image_latents"][:, :, None].expand(-1, -1, x.shape[2], -1, -1)
+        x = torch.cat([x.to(self.dtype), image], dim=1).transpose(1, 2)  # (B, F, 2 C, H, W)
+        given = dict(encoder_hidden_states=cond["embedding"], added_time_ids=cond["time_ids"])
+        return self.denoiser(x, t.to(self.device), **given, return_dict=False)[0].transpose(1, 2).float()
+
+    def decode(self, latents, picks):
+        """As above. This VAE mixes neighbouring frames: those decoded together see each other, no others."""
+        picked = latents[:, :, picks].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
+        together = len(picks) if picks == list(range(picks[0], picks[0] + len(picks))) else 1
+        pictures = self.vae.decode(picked.to(self.dtype), num_frames=together).sample.float()
+        return straight_through_clamp(pictures / 2 + 0.5).unflatten(0, (-1, len(picks)))
+
+
+class Wan(TextToVideoUNet):
+    """Wan 2.1 text to video (2025): a flow transformer, a causal VAE of 4 frames a latent, a UMT5 encoder."""
+
+    preset, lora_prefix = "wan", "transformer"
+    denoiser_class, folder = WanTransformer3DModel, "transformer"
+    vae_class = AutoencoderKLWan
+    checkpointed = ("WanTransformerBlock",)
+    vae_checkpointed = ()  # its blocks keep a cache: see `load`
+    multiple, time = 16, 4
+    stochastic = False
+    # latent frames before a picked one that are decoded with it: an approximation, except for the first ones
+    context = 2
+
+    @classmethod
+    def native_size(cls, source):
+        return {}
+
+    def schedule(self, cfg):
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        scheduler = FlowMatchEulerDiscreteScheduler(
+            shift=config.get("flow_shift") or config.get("shift", 1.0)
+        )
+        scheduler.set_timesteps(cfg.num_inference_steps)
+        return flow_schedule(scheduler.sigmas)
+
+    @torch.no_grad()
+    def encode(self, prompts, cfg):
+        tokenizer = AutoTokenizer.from_pretrained(self.source, subfolder="tokenizer")
+        encoder = UMT5EncoderModel.from_pretrained(self.source, subfolder="text_encoder", dtype=self.dtype)
+        encoder.to(self.device)
+        conds = {}
+        for prompt in prompts:
+            text = " ".join(html.unescape(html.unescape(prompt)).split())
+            tokens = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").to(self.device)
+            hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
+            padding = (0, 0, 0, 512 - len(hidden))
+            conds[cond_key(prompt)] = {"encoder_hidden_states": torch.nn.functional.pad(hidden, padding)}
+        return conds
+
+    def load(self):
+        super().load()
+        self.convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in self.vae.decoder.modules())
+
+    def latent_shape(self, cfg):
+        """(C, 1 + (F - 1) / 4, H / 8, W / 8) of one video."""
+        frames = 1 + (cfg.num_frames - 1) // self.time
+        return (self.vae.config.z_dim, frames, cfg.height // 8, cfg.width // 8)
+
+    def denoise(self, x, t, cond):
+        t = t.to(self.device).expand(len(x))
+        return self.denoiser(x.to(self.dtype), t, **cond, return_dict=False)[0].float()
+
+    def decode(self, latents, picks):
+        parts = []
+        for first, last in runs(picks):
+            start = max(0, first - self.context)
+            frames = (last - first + 1) * self.time - (self.time - 1 if first == 0 else 0)
+            parts.append(self.decode_run(latents[:, :, start : last + 1])[:, :, -frames:])
+        pictures = torch.cat(parts, dim=2).transpose(1, 2).float()
+        return straight_through_clamp(pictures / 2 + 0.5)
+
+    def decode_run(self, latents):
+        """(B, C, F, H, W) -> (B, 3, 4 F - 3, 8 H, 8 W), about -1 to 1: the VAE's decoder, unclamped."""
+        config = self.vae.config
+        statistics = torch.tensor([config.latents_mean, config.latents_std], device=self.device)
+        mean, std = statistics[..., None, None, None]
+        hidden = self.vae.post_quant_conv((latents * std + mean).to(self.dtype))
+        cache, parts = [None] * self.convolutions, []
+        for i in range(hidden.shape[2]):
+            piece = hidden[:, :, i : i + 1]
+            parts.append(self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=i == 0))
+        return torch.cat(parts, dim=2)
+
+
+FAMILIES = {
+    "TextToVideoSDPipeline": TextToVideoUNet,
+    "AnimateDiffPipeline": AnimateDiff,
+    "StableDiffusionPipeline": AnimateDiff,
+    "StableVideoDiffusionPipeline": StableVideoDiffusion,
+    "WanPipeline": Wan,
+}
 
 
 # ---- 4. LoRA -----------------------------------------------------------------------------------------------
@@ -475,7 +778,8 @@ def rollout(model, schedule: Schedule, noise, cond, uncond, guidance_scale: floa
 
     generator: draws the noise of eta > 0. Both guidance branches go through the denoiser in one batch.
     """
-    latents, guided = [noise], guidance_scale != 1
+    latents, guided = [schedule.start * noise], guidance_scale != 1
+    w = model.guidance(guidance_scale, noise.shape[2])
     both = {name: torch.cat([uncond[name], cond[name]]) for name in cond} if guided else cond
     for i in range(len(schedule)):
         x = latents[-1]
@@ -483,7 +787,7 @@ def rollout(model, schedule: Schedule, noise, cond, uncond, guidance_scale: floa
         f = model.denoise(torch.cat([scaled, scaled]) if guided else scaled, schedule.t[i], both)
         if guided:
             f_uncond, f_cond = f.chunk(2)
-            f = f_uncond + guidance_scale * (f_cond - f_uncond)
+            f = f_uncond + w * (f_cond - f_uncond)
         x = float(schedule.a[i]) * x + float(schedule.b[i]) * f
         if schedule.s[i] > 0:
             x = x + float(schedule.s[i]) * torch.randn(x.shape, generator=generator).to(x.device)
@@ -525,16 +829,18 @@ def compute_rewards(terms: dict, video, prompts: list[str], chunk: int, pull=Non
     return found
 
 
-def score(model, terms: dict, x, prompts: list[str], frames: list[int], chunk=1, target=None, scale=None):
-    """Reward the picked frames of the clean latents x and pull the gradient back to x, chunk by chunk.
+def score(model, terms: dict, x, prompts: list[str], picks: list[int], chunk=1, target=None, scale=None):
+    """Reward some frames of the clean latents x and pull the gradient back to x, chunk by chunk.
 
-    x: (B, C, F, H, W) float32; frames: N indices; terms: {name: (weight, reward)}; target: of the hinge;
+    x: (B, C, F, H, W) float32; picks: indices of F; terms: {name: (weight, reward)}; target: of the hinge;
     scale: multiplies what is differentiated (fp16). Returns `compute_rewards`' figures and g like x: gradient
     of the loss, minus the mean reward.
     """
-    pieces = [frames[i : i + chunk] for i in range(0, len(frames), chunk)]
+    pieces = [picks[i : i + chunk] for i in range(0, len(picks), chunk)]
     with torch.no_grad():
-        video = torch.cat([model.decode(x, piece) for piece in pieces], dim=1)  # (B, N, 3, H, W)
+        decoded = [model.decode(x, piece) for piece in pieces]
+    sizes = [part.shape[1] for part in decoded]
+    video = torch.cat(decoded, dim=1)  # (B, N, 3, H, W)
     video.requires_grad_()
     found = compute_rewards(
         terms, video, prompts, chunk, lambda total: (scale(total) if scale else total).backward()
@@ -544,9 +850,9 @@ def score(model, terms: dict, x, prompts: list[str], frames: list[int], chunk=1,
     if target is not None:
         slope = slope * (found["reward"] < target)
     v = video.grad * slope[:, None, None, None, None]
-    del video
+    del video, decoded
     x = x.detach().requires_grad_()
-    for piece, pull in zip(pieces, v.split(chunk, dim=1), strict=True):
+    for piece, pull in zip(pieces, v.split(sizes, dim=1), strict=True):
         model.decode(x, piece).backward(pull)
     return found, x.grad
 
@@ -569,8 +875,10 @@ def walk_back(model, schedule: Schedule, latents, g, cond, uncond, trained, cfg:
     Through the step's input goes cfg.coupling of the gradient: 1 is exact (DRaFT-K), 0 detaches it (DRTune).
     Returns the trained steps' mean squared change of output from the base model's (0 when kl_weight is 0).
     """
-    change, w = 0.0, cfg.guidance_scale
-    branches = [(cond, w)] if w == 1 or cfg.detach_uncond else [(cond, w), (uncond, 1 - w)]
+    change, w = 0.0, model.guidance(cfg.guidance_scale, g.shape[2])
+    branches = [(cond, w), (uncond, 1 - w)]
+    if cfg.detach_uncond or cfg.guidance_scale == 1:
+        branches = [(cond, w)]
     for i in range(len(schedule) - 1, min(trained) - 1, -1):
         a, b, c = (float(table[i]) for table in (schedule.a, schedule.b, schedule.c))
         if i not in trained:
@@ -600,25 +908,63 @@ def generator_for(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+class Prompt(str):
+    """A prompt with the file of the image that its video starts from; to a reward it is its text."""
+
+    image: str | None = None
+
+
+def cond_key(prompt: str) -> tuple:
+    """What tells one prompt's conditioning from another's: text and image."""
+    return str(prompt), getattr(prompt, "image", None)
+
+
 # SWAP: your prompts.
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a text file. Raises BadInput when it is missing, empty or not text."""
+def read_prompts(path: str, images=False) -> list[str]:
+    """The prompts of a text file, one a line, or of a .jsonl file of {"prompt": ..., "image": ...} lines.
+
+    Image paths are relative to the file. images: the model needs one each. Raises BadInput when the file is
+    missing, empty, not text or not json, or an image is missing or can't be read.
+    """
     need(Path(path).is_file(), f"no prompt file {path}: give --prompts a text file, one prompt a line")
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+        text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise BadInput(f"{path} is not a text file: give one prompt a line, in UTF-8") from None
-    prompts = [line for line in lines if line and not line.startswith("#")]
-    need(prompts, f"{path} holds no prompts: write one a line")
-    need("\0" not in "".join(prompts), f"{path} is not a text file: give one prompt a line, in UTF-8")
-    return prompts
+        text = "\0"
+    need("\0" not in text, f"{path} is not a text file: give one prompt a line, in UTF-8")
+    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1)]
+    lines = [(n, line) for n, line in lines if line and not line.startswith("#")]
+    need(lines, f"{path} holds no prompts: write one a line")
+    if Path(path).suffix == ".jsonl":
+        return [image_prompt(path, n, line) for n, line in lines]
+    wanted = '{"prompt": "...", "image": "file.png"}'
+    need(not images, f"this model starts from an image: give --prompts a .jsonl file, one {wanted} a line")
+    return [line for _, line in lines]
 
 
-def split_prompts(cfg: Config) -> tuple[list[str], list[str]]:
+def image_prompt(path: str, number: int, line: str) -> Prompt:
+    """One line of a .jsonl prompt file. Raises BadInput."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("image"), str)
+    need(good, f'{path}, line {number}: write {{"prompt": "...", "image": "file.png"}}')
+    prompt = Prompt(row["prompt"])
+    prompt.image = str(Path(path).parent / row["image"])
+    need(Path(prompt.image).is_file(), f"{path}, line {number}: no image {prompt.image}")
+    try:
+        read_image(prompt.image)
+    except (UnidentifiedImageError, OSError):
+        raise BadInput(f"{path}, line {number}: {prompt.image} can't be read as an image") from None
+    return prompt
+
+
+def split_prompts(cfg: Config, images=False) -> tuple[list[str], list[str]]:
     """Prompts to train on, and held-out ones: --eval_prompts, else every tenth of --prompts."""
-    prompts = read_prompts(cfg.prompts)
+    prompts = read_prompts(cfg.prompts, images)
     if cfg.eval_prompts:
-        return prompts, read_prompts(cfg.eval_prompts)
+        return prompts, read_prompts(cfg.eval_prompts, images)
     need(len(prompts) > 1, f"{cfg.prompts} has one prompt and one is held back: add more, or --eval_prompts")
     every = min(10, len(prompts))
     return [p for i, p in enumerate(prompts, 1) if i % every], prompts[every - 1 :: every]
@@ -634,19 +980,24 @@ def batch_prompts(prompts: list[str], cfg: Config, batch: int) -> list[str]:
     return chosen
 
 
-def pick_frames(cfg: Config, terms: dict, generator) -> list[int]:
-    """Frames to decode and score: random ones, or evenly spaced ones when a reward wants a clip."""
+def pick_frames(cfg: Config, terms: dict, generator, time=1) -> list[int]:
+    """Latent frames to decode and score: random ones, or those of an evenly spaced clip if one is wanted.
+
+    time: frames in a latent frame; the first latent frame holds one.
+    """
     wants = [getattr(reward, "frames", 1) for _, reward in terms.values()]
     wanted = max(cfg.num_frames if n == "all" else n for n in wants)
     n = min(cfg.decode_frames or wanted, cfg.num_frames)
     if wanted > 1:
-        return torch.linspace(0, cfg.num_frames - 1, n).round().long().tolist()
-    return sorted(torch.randperm(cfg.num_frames, generator=generator)[:n].tolist())
+        frames = torch.linspace(0, cfg.num_frames - 1, n).round().long()
+        return sorted({(frame + time - 1) // time for frame in frames.tolist()})
+    return sorted(torch.randperm((cfg.num_frames - 1) // time + 1, generator=generator)[:n].tolist())
 
 
 def collate(conds: dict, prompts: list[str]) -> dict:
     """The conditioning of a batch of prompts: every entry gets a batch dimension."""
-    return {name: torch.stack([conds[p][name] for p in prompts]) for name in conds[prompts[0]]}
+    rows = [conds[cond_key(prompt)] for prompt in prompts]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 # ---- 7. Files and resume -----------------------------------------------------------------------------------
@@ -665,9 +1016,21 @@ def write_text(path: Path, text: str):
 
 
 def save_lora(model, folder: Path):
-    """Write the LoRA in PEFT's folder format, for `PeftModel.from_pretrained(pipe.unet, folder)`."""
+    """Write the LoRA in PEFT's folder format, for `PeftModel.from_pretrained(pipe.unet, folder)`.
+
+    Where the stock pipeline has `load_lora_weights(folder)`, the same weights go into a file for that too.
+    """
     with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
         model.denoiser.save_pretrained(staging, save_embedding_layers=False)
+        if model.lora_prefix:
+            weights = load_file(Path(staging) / "adapter_model.safetensors")
+            prefix, config = model.lora_prefix, model.denoiser.peft_config["default"].to_dict()
+            names = ("r", "lora_alpha", "target_modules")
+            told = {f"{prefix}.{name}": config[name] for name in names}
+            told[f"{prefix}.target_modules"] = sorted(told[f"{prefix}.target_modules"])
+            renamed = {name.replace("base_model.model", prefix, 1): w for name, w in weights.items()}
+            file = Path(staging) / "pytorch_lora_weights.safetensors"
+            save_file(renamed, file, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(told)})
         folder.mkdir(exist_ok=True)
         for file in Path(staging).iterdir():
             os.replace(file, folder / file.name)
@@ -726,7 +1089,7 @@ def start_run(cfg: Config, step: int):
 
 @dataclass
 class Run:
-    """What all modes share. terms: {name: (weight, reward)}; conds: {prompt: conditioning}."""
+    """What all modes share. terms: {name: (weight, reward)}; conds: {`cond_key`: conditioning}."""
 
     cfg: Config
     model: TextToVideoUNet
@@ -746,12 +1109,13 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[str], reward=
             term.check(prompts)
     model = family(source, cfg.device, dtype)
     schedule = model.schedule(cfg)
-    conds = model.encode([*prompts, ""])
+    conds = model.encode([*{cond_key(prompt): prompt for prompt in prompts}.values(), ""], cfg)
     model.load()
     add_lora(model, cfg)
     if cfg.checkpointing:
         checkpoint_blocks(model.denoiser, family.checkpointed)
-        checkpoint_blocks(model.vae, ("ResnetBlock2D",))
+        checkpoint_blocks(model.vae, family.vae_checkpointed)
+        checkpoint_cached_blocks(model.vae)
     return Run(cfg, model, schedule, terms, conds)
 
 
@@ -787,7 +1151,9 @@ def make_videos(run: Run, prompts: list[str], first=0):
     noise = torch.stack([torch.randn(model.latent_shape(cfg), generator=g) for g in draws]).to(model.device)
     cond, uncond = collate(run.conds, prompts), collate(run.conds, [""] * len(prompts))
     clean = rollout(model, run.schedule, noise, cond, uncond, cfg.guidance_scale, draws[0])[-1]
-    chunks = torch.arange(cfg.num_frames).split(cfg.decode_chunk)
+    # a VAE that compresses time decodes frame after frame by itself, and best in one go
+    size = cfg.decode_chunk if model.time == 1 else clean.shape[2]
+    chunks = torch.arange(clean.shape[2]).split(size)
     return torch.cat([model.decode(clean, chunk.tolist()) for chunk in chunks], dim=1)
 
 
@@ -798,7 +1164,12 @@ def evaluate(run: Run, prompts: list[str], folder: Path) -> dict:
     for first in tqdm(range(0, len(prompts), size), desc=f"evaluate {folder.name}", leave=False):
         batch = prompts[first : first + size]
         videos = make_videos(run, batch, first)
-        for name, values in compute_rewards(run.terms, videos, batch, run.cfg.decode_chunk).items():
+        found = compute_rewards(run.terms, videos, batch, run.cfg.decode_chunk)
+        if run.model.images:
+            starts = [read_image(prompt.image, run.cfg.height, run.cfg.width) for prompt in batch]
+            difference = (videos[:, 0].cpu() - torch.stack(starts)).abs().mean((1, 2, 3))
+            found["first frame's difference from the image"] = difference
+        for name, values in found.items():
             result.setdefault(name, []).extend(values.tolist())
         for n, video in enumerate(videos, first):
             write_video(folder / f"{n:03d}.mp4", video)
@@ -869,13 +1240,13 @@ def micro_batch(run: Run, prompts: list[str], step: int, batch: int, scaler):
     cfg, model, schedule = run.cfg, run.model, run.schedule
     generator = generator_for(cfg.seed, step, batch)
     noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=generator).to(model.device)
-    frames, trained = pick_frames(cfg, run.terms, generator), trained_steps(cfg, generator)
+    picks, trained = pick_frames(cfg, run.terms, generator, model.time), trained_steps(cfg, generator)
     cond, uncond = collate(run.conds, prompts), collate(run.conds, [""] * len(prompts))
     # half precision has no room for the LoRA's small changes, so there it stays beside the base weights
     with merged(model) if cfg.dtype == "fp32" else contextlib.nullcontext():
         latents = rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale, generator)
     x, target = latents[-1], cfg.reward_target
-    rewards, g = score(model, run.terms, x, prompts, frames, cfg.decode_chunk, target, scaler.scale)
+    rewards, g = score(model, run.terms, x, prompts, picks, cfg.decode_chunk, target, scaler.scale)
     kl_weight = cfg.kl_weight / cfg.grad_accum * scaler.get_scale()
     g = g / cfg.grad_accum
     return rewards, walk_back(model, schedule, latents, g, cond, uncond, trained, cfg, kl_weight)
@@ -960,7 +1331,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
     # settings, ranks, output folder
     asked = cfg
     cfg, source, family = resolve(cfg, reward)
-    prompts, held_out = split_prompts(cfg)
+    prompts, held_out = split_prompts(cfg, family.images)
     eval_prompts = [held_out[n % len(held_out)] for n in range(cfg.eval_videos)]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
@@ -1051,7 +1422,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
 def sample(cfg: Config):
     """--mode sample: a video per prompt with the LoRA, <out>/000.mp4 and on; prompts.json names them."""
     cfg, source, family = resolve(cfg)
-    prompts, out = read_prompts(cfg.prompts), Path(cfg.out)
+    prompts, out = read_prompts(cfg.prompts, family.images), Path(cfg.out)
     fresh_folder(out)
     run = load_run(cfg, source, family, prompts, reward=sample)  # a stand-in: no reward is loaded
     for first in tqdm(range(0, len(prompts), cfg.batch_size), desc="sample"):
@@ -1066,7 +1437,7 @@ def compare(cfg: Config):
     """--mode eval: score base and tuned on every prompt, same seeds; writes eval.json, videos, index.html."""
     asked = cfg.model
     cfg, source, family = resolve(cfg)
-    prompts, out = read_prompts(cfg.prompts), Path(cfg.out)
+    prompts, out = read_prompts(cfg.prompts, family.images), Path(cfg.out)
     fresh_folder(out)
     run = load_run(cfg, source, family, prompts)
     announce(run, asked)

@@ -812,8 +812,25 @@ def frames_of(video, rows, generator):
     return (pictures + strength * noise).clamp(0, 1), moments
 
 
+def spoiled(pictures, generator):
+    """Pictures (n, 3, 64, 64) in [0, 1], each partly dissolved into another one: its caption fits less."""
+    n = len(pictures)
+    other = pictures[torch.randperm(n, generator=generator)]
+    share = uniform((n, 1, 1, 1), 0.15, 0.6, generator)
+    # over the whole picture, or within a soft spot of it
+    place = uniform((n, 2, 1, 1), -0.6, 0.6, generator)
+    axis = torch.linspace(-1, 1, SIZE)
+    far = (axis[:, None] - place[:, 0]) ** 2 + (axis - place[:, 1]) ** 2
+    spot = torch.exp(-far / 0.3)[:, None]
+    whole = torch.rand((n, 1, 1, 1), generator=generator) < 0.5
+    return torch.lerp(pictures, other, share * torch.where(whole, 1.0, 1.6 * spot))
+
+
 def train_clip_reward(out: Path, pool, updates: int, seed: int):
-    """The CLIP of `--reward clip`: contrastive on captions; captions that look alike are no wrong answers."""
+    """The CLIP of `--reward clip`: contrastive on captions; captions that look alike are no wrong answers.
+
+    For a caption, a spoiled copy of its picture is wrong too: the score falls as a picture dissolves.
+    """
     torch.manual_seed(seed + 40)
     generator = torch.Generator().manual_seed(seed + 40)
     video, labels, _, _ = pool
@@ -825,13 +842,16 @@ def train_clip_reward(out: Path, pool, updates: int, seed: int):
     def loss_of(update):
         rows = torch.randint(len(video), (96,), generator=generator)
         pictures, _ = frames_of(video, rows, generator)
-        image = image_embedding(clip, pictures)
+        image, worse = image_embedding(clip, torch.cat([pictures, spoiled(pictures, generator)])).split(96)
         text = text_embedding(clip, torch.cat([tokens[tuple(c)] for c in labels[rows].tolist()]))
         visible = labels[rows][:, [0, 1, 3]]
         same = (visible[:, None] == visible[None]).all(-1) & ~torch.eye(96, dtype=torch.bool)
-        logits = (image @ text.T * clip.logit_scale.exp().clamp(max=50)).masked_fill(same, -1e4)
+        scale = clip.logit_scale.exp().clamp(max=50)
+        logits = (image @ text.T * scale).masked_fill(same, -1e4)
+        spoils = (text * worse).sum(-1, keepdim=True) * scale
         right = torch.arange(96)
-        contrast = (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
+        by_text = F.cross_entropy(torch.cat([logits.T, spoils], 1), right)
+        contrast = (F.cross_entropy(logits, right) + by_text) / 2
         look = sum(F.cross_entropy(f(image), visible[:, i]) for i, f in enumerate(heads))
         hit = (logits.argmax(1) == right).float().mean()
         return contrast + 0.3 * look, {"contrast": contrast, "look": look, "hit": hit}
