@@ -494,6 +494,29 @@ def test_other_families_equal_their_stock_pipeline(other):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4)
 
 
+def test_other_families_decode_any_picks(other):
+    """Frames of a pick are those of the whole decode (SVD's VAE mixes what is decoded together, so alone)."""
+    kind, cfg, prompts = other
+    _, cfg, model, *_ = load(dataclasses.replace(cfg, num_frames=13), prompts=prompts)
+    latents = torch.randn(1, *model.latent_shape(cfg), requires_grad=True)
+    every, time = range(latents.shape[2]), model.time
+    with torch.no_grad():
+        whole = (
+            [model.decode(latents, [n]) for n in every] if time == 1 else [model.decode(latents, [*every])]
+        )
+    whole = torch.cat(whole, dim=1)
+    assert whole.shape[1] == 13
+    for n in every:
+        alone = model.decode(latents, [n])
+        assert alone.shape[1] == (time if n else 1)
+        torch.testing.assert_close(
+            alone, whole[:, max(0, time * (n - 1) + 1) : time * n + 1], rtol=0, atol=1e-5
+        )
+        (gradient,) = torch.autograd.grad(alone.sum(), latents)
+        reached = gradient.abs().amax((0, 1, 3, 4)).nonzero().flatten().tolist()
+        assert n in reached and min(reached) >= n - getattr(model, "context", 0)
+
+
 def test_other_families_walk_back_equals_plain_autograd(other):
     kind, cfg, prompts = other
     run, cfg, model, schedule, conds, terms = load(cfg, prompts=prompts)
@@ -800,6 +823,39 @@ def test_frames_are_picked_as_rewards_want():
     assert vader.pick_frames(cfg, clip, None) == [0, 2, 4, 6, 8]
     three = vader.pick_frames(dataclasses.replace(cfg, decode_frames=3), image, vader.generator_for(1))
     assert len(set(three)) == 3 and three == sorted(three)
+    # latent frame 0 holds one frame, those after it four each
+    assert vader.pick_frames(cfg, clip, None, time=4) == [0, 1, 2]
+    assert vader.pick_frames(dataclasses.replace(cfg, decode_frames=2), clip, None, time=4) == [0, 2]
+    assert {tuple(vader.pick_frames(cfg, image, vader.generator_for(n), time=4)) for n in range(40)} == {
+        (0,),
+        (1,),
+        (2,),
+    }
+
+
+def test_bad_image_prompts_are_one_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    (tmp_path / "broken.png").write_text("no picture")
+    for line, message in [
+        ("a cat", r"line 1: write \{"),
+        ('{"prompt": "a"}', r"line 1: write \{"),
+        ('{"prompt": "a", "image": "none.png"}', "line 1: no image .*none.png"),
+        ('{"prompt": "a", "image": "broken.png"}', "broken.png can't be read as an image"),
+    ]:
+        path.write_text(line)
+        with pytest.raises(BadInput, match=message):
+            vader.read_prompts(str(path))
+    with pytest.raises(BadInput, match="starts from an image"):
+        vader.read_prompts(str(HERE / "prompts.txt"), images=True)
+
+
+def test_one_text_with_two_images_is_two_prompts(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(HERE / "tiny" / "photo-cat.jpg", tmp_path / name)
+    lines = [json.dumps({"prompt": "a cat", "image": name}) for name in ("a.jpg", "b.jpg")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    first, second = vader.read_prompts(str(tmp_path / "prompts.jsonl"))
+    assert first == second == "a cat" and vader.cond_key(first) != vader.cond_key(second)
 
 
 # ---- 7. Files and resume -----------------------------------------------------------------------------------

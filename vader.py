@@ -650,8 +650,8 @@ class Wan(TextToVideoUNet):
     vae_checkpointed = ()  # its blocks keep a cache: see `load`
     multiple, time = 16, 4
     stochastic = False
-    # latent frames before a picked one that are decoded with it: an approximation, except for the first ones
-    context = 2
+    # frames are exact; their gradient reaches the picked latent frame and this many before it, no others
+    context = 1
 
     @classmethod
     def native_size(cls, source):
@@ -693,24 +693,25 @@ class Wan(TextToVideoUNet):
         return self.denoiser(x.to(self.dtype), t, **cond, return_dict=False)[0].float()
 
     def decode(self, latents, picks):
-        parts = []
-        for first, last in runs(picks):
-            start = max(0, first - self.context)
-            frames = (last - first + 1) * self.time - (self.time - 1 if first == 0 else 0)
-            parts.append(self.decode_run(latents[:, :, start : last + 1])[:, :, -frames:])
+        parts = [self.decode_run(latents[:, :, : last + 1], first) for first, last in runs(picks)]
         pictures = torch.cat(parts, dim=2).transpose(1, 2).float()
         return straight_through_clamp(pictures / 2 + 0.5)
 
-    def decode_run(self, latents):
-        """(B, C, F, H, W) -> (B, 3, 4 F - 3, 8 H, 8 W), about -1 to 1: the VAE's decoder, unclamped."""
-        config = self.vae.config
+    def decode_run(self, latents, first: int):
+        """(B, C, F, H, W) -> the frames, (B, 3, N, 8 H, 8 W), about -1 to 1, of latent frame `first` and on.
+
+        The VAE's own decoding without its clamp, one latent frame after the other from the start.
+        """
+        config, graph = self.vae.config, torch.is_grad_enabled()
         statistics = torch.tensor([config.latents_mean, config.latents_std], device=self.device)
         mean, std = statistics[..., None, None, None]
         hidden = self.vae.post_quant_conv((latents * std + mean).to(self.dtype))
         cache, parts = [None] * self.convolutions, []
         for i in range(hidden.shape[2]):
-            piece = hidden[:, :, i : i + 1]
-            parts.append(self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=i == 0))
+            with torch.set_grad_enabled(graph and i >= first - self.context):
+                piece = hidden[:, :, i : i + 1]
+                frames = self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
+            parts += [frames] if i >= first else []
         return torch.cat(parts, dim=2)
 
 
