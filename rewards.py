@@ -398,7 +398,8 @@ def jepa_context(model, pixels, context):
 def jepa_loss(model, pixels, context, target, teacher=None):
     """V-JEPA's loss (Bardes et al. 2024, eq. 1) of each clip, (B,): L1 of predicted and true features.
 
-    The true ones are layer-normed features of the full clip, without gradient, by `teacher` (default: model).
+    The true ones are layer-normed features of the full clip, by `teacher`, without gradient, as in training;
+    without a teacher by the model itself and with gradient: the loss as a function of the pixels.
     pixels: (B, N, 3, S, S) normalised; context, target: token indices.
     """
     batch, seen = len(pixels), jepa_context(model, pixels, context)
@@ -406,7 +407,7 @@ def jepa_loss(model, pixels, context, target, teacher=None):
     features = seen.new_zeros(batch, len(context) + len(target), seen.shape[-1]).index_copy(1, context, seen)
     rows = ([context.expand(batch, -1)], [target.expand(batch, -1)])
     predicted = model.predictor(features, *rows).last_hidden_state
-    with torch.no_grad():
+    with torch.set_grad_enabled(teacher is None and torch.is_grad_enabled()):
         true = (teacher or model).encoder(pixels).last_hidden_state[:, target]
     predicted, true = exact(predicted), exact(true)
     return (predicted - F.layer_norm(true, true.shape[-1:])).abs().mean((1, 2))

@@ -9,6 +9,8 @@
 #     "open_clip_torch>=2.24",
 #     "imageio[ffmpeg]>=2.31",
 #     "numpy>=1.26",
+#     "sentencepiece>=0.2",
+#     "protobuf>=4",
 # ]
 # ///
 """VADER: align a video diffusion model with a differentiable reward (Prabhudesai et al., arXiv 2407.08737).
@@ -68,11 +70,16 @@ import torch.distributed as dist
 import transformers
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLLTXVideo,
     AutoencoderKLTemporalDecoder,
     AutoencoderKLWan,
+    CogVideoXDDIMScheduler,
+    CogVideoXTransformer3DModel,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    LTXVideoTransformer3DModel,
     MotionAdapter,
     UNet2DConditionModel,
     UNet3DConditionModel,
@@ -94,6 +101,7 @@ from transformers import (
     CLIPTextModel,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
+    T5EncoderModel,
     UMT5EncoderModel,
 )
 
@@ -179,6 +187,8 @@ PRESETS = {
     "zeroscope": ("cerspense/zeroscope_v2_576w", 24, 320, 576, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
     "animatediff": (SD15, 16, 512, 512, 25, 7.5, 200, 50, 2e-4, 1, 4, 16),
     "svd": (SVD, 14, 576, 1024, 25, 3.0, 200, 50, 2e-4, 1, 4, 16),
+    "cogvideox": ("zai-org/CogVideoX-2b", 49, 480, 720, 30, 6.0, 200, 50, 1e-4, 1, 4, 16),
+    "ltx": ("Lightricks/LTX-Video", 49, 512, 704, 30, 3.0, 200, 50, 1e-4, 1, 4, 16),
     "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 81, 480, 832, 30, 5.0, 200, 50, 1e-4, 1, 4, 16),
 }
 
@@ -284,7 +294,7 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     need(K <= T, f"--backprop_steps {K}: there are only {T} denoising steps, use {T} or less")
     frames = cfg.decode_frames or 1
     need(frames <= cfg.num_frames, f"--decode_frames {frames}: the video has only {cfg.num_frames} frames")
-    side, time = family.multiple, family.time
+    side, time = family.multiple, family.frame_multiple
     need(cfg.height % side == cfg.width % side == 0, f"--height and --width must be multiples of {side}")
     good = (cfg.num_frames - 1) % time == 0
     need(good, f"--num_frames {cfg.num_frames}: this model makes 1 more than a multiple of {time} frames")
@@ -353,14 +363,15 @@ class Schedule:
         return abs(float(self.b[i] * self.a[i + 1 :].prod()))
 
 
-def ddim_schedule(config: dict, num_inference_steps: int, eta=0.0, spacing="trailing") -> Schedule:
+def ddim_schedule(config: dict, num_inference_steps, eta=0.0, spacing="trailing", kind=DDIMScheduler):
     """DDIM (Song et al. 2021, eq. 12 and 16) on noise or v prediction (Salimans & Ho 2022, app. D).
 
-    config: a scheduler_config.json. Raises BadInput when it is not affine or predicts something else.
+    config: a scheduler_config.json; kind: the diffusers class with the noise levels. Returns a Schedule.
+    Raises BadInput when it is not affine or predicts something else.
     """
     clips = config.get("clip_sample", True) or config.get("thresholding", False)
     need(not clips, "this scheduler clips its predictions, so it is not affine: set clip_sample to false")
-    scheduler = DDIMScheduler.from_config(config, timestep_spacing=spacing)
+    scheduler = kind.from_config(config, timestep_spacing=spacing)
     scheduler.set_timesteps(num_inference_steps)
     t, alphas = scheduler.timesteps, scheduler.alphas_cumprod.double()
     before = t - scheduler.config.num_train_timesteps // num_inference_steps
@@ -368,10 +379,11 @@ def ddim_schedule(config: dict, num_inference_steps: int, eta=0.0, spacing="trai
     then = torch.where(before >= 0, alphas[before.clamp(min=0)], scheduler.final_alpha_cumprod.double())
     s = eta * ((1 - then) / (1 - now) * (1 - now / then)).clamp(min=0).sqrt()
     alpha, sigma = now.sqrt(), (1 - now).sqrt()
-    kind = scheduler.config.prediction_type
-    need(kind in ("epsilon", "v_prediction"), f"this model predicts {kind}; DDIM here: epsilon, v_prediction")
+    target = scheduler.config.prediction_type
+    known = target in ("epsilon", "v_prediction")
+    need(known, f"this model predicts {target}; DDIM here: epsilon, v_prediction")
     # x0 = p x + q f and noise = noise_x x + noise_f f
-    if kind == "epsilon":
+    if target == "epsilon":
         p, q, noise_x, noise_f = 1 / alpha, -sigma / alpha, torch.zeros_like(now), torch.ones_like(now)
     else:
         p, q, noise_x, noise_f = alpha, -sigma, sigma, alpha
@@ -467,9 +479,10 @@ class TextToVideoUNet:
     checkpointed = ("ResnetBlock2D", "Transformer2DModel", "TransformerTemporalModel", "TemporalConvLayer")
     vae_checkpointed = ("ResnetBlock2D",)
     lora_prefix = None  # of the keys that the stock pipeline's load_lora_weights wants, where it has that
-    multiple, time = 8, 1  # pixels per side are a multiple of the first; frames in a latent frame
+    multiple, frame_multiple = 8, 1  # of height and width; of the number of frames less one
+    time = 1  # frames in a latent frame; where that is more than one, the first holds one
     stochastic = True  # the sampler takes --eta
-    images = False  # makes its video from an image
+    images = "no"  # is the video made from an image: no, may, must
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
@@ -524,7 +537,8 @@ class TextToVideoUNet:
 
     def denoise(self, x, t, cond):
         """x: (B, C, F, H, W) float32, t: (), cond: dict of (B, ...) -> f: (B, C, F, H, W) float32."""
-        return self.denoiser(x.to(self.dtype), t.to(self.device), **cond, return_dict=False)[0].float()
+        t = t.to(self.device).expand(len(x))
+        return self.denoiser(x.to(self.dtype), timestep=t, **cond, return_dict=False)[0].float()
 
     def decode(self, latents, picks):
         """latents: (B, C, F, H, W) float32, picks: sorted indices of F -> (B, N, 3, H, W) float32 in [0, 1].
@@ -576,7 +590,7 @@ class StableVideoDiffusion(TextToVideoUNet):
     denoiser_class, vae_class = UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder
     checkpointed = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel")
     vae_checkpointed = ("SpatioTemporalResBlock",)
-    stochastic, images = False, True
+    stochastic, images = False, "must"
     # the model's own defaults: frames per second less one, how much moves, noise on the image
     time_ids = (6.0, 127.0, 0.02)
 
@@ -648,7 +662,7 @@ class Wan(TextToVideoUNet):
     vae_class = AutoencoderKLWan
     checkpointed = ("WanTransformerBlock",)
     vae_checkpointed = ()  # its blocks keep a cache: see `load`
-    multiple, time = 16, 4
+    multiple, frame_multiple, time = 16, 4, 4
     stochastic = False
     # frames are exact; their gradient reaches the picked latent frame and this many before it, no others
     context = 1
@@ -688,10 +702,6 @@ class Wan(TextToVideoUNet):
         frames = 1 + (cfg.num_frames - 1) // self.time
         return (self.vae.config.z_dim, frames, cfg.height // 8, cfg.width // 8)
 
-    def denoise(self, x, t, cond):
-        t = t.to(self.device).expand(len(x))
-        return self.denoiser(x.to(self.dtype), t, **cond, return_dict=False)[0].float()
-
     def decode(self, latents, picks):
         parts = [self.decode_run(latents[:, :, : last + 1], first) for first, last in runs(picks)]
         pictures = torch.cat(parts, dim=2).transpose(1, 2).float()
@@ -715,12 +725,182 @@ class Wan(TextToVideoUNet):
         return torch.cat(parts, dim=2)
 
 
+@torch.no_grad()
+def encode_t5(model, prompts: list[str], length: int) -> dict[tuple, tuple]:
+    """{`cond_key`: T5 states (length, D) and token mask (length,)}, padding included; frees the encoder."""
+    tokenizer = AutoTokenizer.from_pretrained(model.source, subfolder="tokenizer")
+    encoder = T5EncoderModel.from_pretrained(model.source, subfolder="text_encoder", dtype=model.dtype)
+    encoder.to(model.device).eval()
+    found = {}
+    for prompt in prompts:
+        how = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = tokenizer(str(prompt), **how).to(model.device)
+        found[cond_key(prompt)] = encoder(tokens.input_ids)[0][0], tokens.attention_mask[0].bool()
+    return found
+
+
+class CogVideoX(TextToVideoUNet):
+    """CogVideoX 2B (Yang et al. 2024): a v-prediction transformer, a causal VAE of 4 frames a latent, T5."""
+
+    preset, lora_prefix = "cogvideox", "transformer"
+    denoiser_class, folder = CogVideoXTransformer3DModel, "transformer"
+    vae_class = AutoencoderKLCogVideoX
+    checkpointed = ("CogVideoXBlock",)
+    vae_checkpointed = ("CogVideoXResnetBlock3D",)
+    multiple, frame_multiple, time = 16, 8, 4
+    stochastic = False
+    # frames are exact; their gradient reaches the chunk of a picked latent frame and this many before it
+    context = 1
+
+    @classmethod
+    def skeleton(cls, source):
+        config = read_config(source, "transformer/config.json")
+        plain = not config["use_rotary_positional_embeddings"]
+        need(plain, f"{source} has rotary positions (5B, 1.5), for which there is no code: CogVideoX-2b")
+        return super().skeleton(source)
+
+    @classmethod
+    def native_size(cls, source):
+        return {}
+
+    def schedule(self, cfg):
+        self.skeleton(self.source)
+        # this sampler has no clipping, whatever the file says
+        config = read_config(self.source, "scheduler/scheduler_config.json") | {"clip_sample": False}
+        given = cfg.num_inference_steps, 0.0, cfg.timestep_spacing
+        return ddim_schedule(config, *given, CogVideoXDDIMScheduler)
+
+    def encode(self, prompts, cfg):
+        length = read_config(self.source, "transformer/config.json")["max_text_seq_length"]
+        found = encode_t5(self, prompts, length)
+        return {key: {"encoder_hidden_states": states} for key, (states, _) in found.items()}
+
+    def latent_shape(self, cfg):
+        frames = 1 + (cfg.num_frames - 1) // 4
+        return (self.denoiser.config.in_channels, frames, cfg.height // 8, cfg.width // 8)
+
+    def denoise(self, x, t, cond):
+        return super().denoise(x.transpose(1, 2), t, cond).transpose(1, 2)
+
+    def decode(self, latents, picks):
+        """As above. The VAE decodes latent frames 0 to 2, then two by two, and hands on a cache."""
+        hidden = (latents / self.vae.config.scaling_factor).to(self.dtype)
+        chunks = [range(3), *(range(first, first + 2) for first in range(3, hidden.shape[2], 2))]
+        picked = [n for n, chunk in enumerate(chunks) if set(chunk) & set(picks)]
+        parts, cache, graph = [], None, torch.is_grad_enabled()
+        for n, chunk in enumerate(chunks[: picked[-1] + 1]):
+            near = any(n <= later <= n + self.context for later in picked)
+            with torch.set_grad_enabled(graph and near):
+                piece = hidden[:, :, chunk.start : chunk.stop]
+                video, cache = self.vae.decoder(piece, conv_cache=cache)
+            split = video.split([self.time if i else 1 for i in chunk], dim=2)
+            parts += [part for i, part in zip(chunk, split, strict=True) if i in picks]
+        return straight_through_clamp(torch.cat(parts, dim=2).transpose(1, 2).float() / 2 + 0.5)
+
+
+class LTX(TextToVideoUNet):
+    """LTX-Video (HaCohen et al. 2024), text or image to video: flow on tokens, 8 frames in a latent."""
+
+    preset, lora_prefix = "ltx", "transformer"
+    denoiser_class, folder = LTXVideoTransformer3DModel, "transformer"
+    vae_class = AutoencoderKLLTXVideo
+    checkpointed = ("LTXVideoTransformerBlock",)
+    vae_checkpointed = ("LTXVideoResnetBlock3d",)
+    multiple, frame_multiple, time = 32, 8, 8
+    stochastic, images = False, "may"
+    frame_rate = 25  # frames per second, told to the denoiser
+    decode_timestep, decode_noise_scale = 0.05, 0.025  # for a VAE that takes a timestep (0.9.1 and later)
+
+    @classmethod
+    def native_size(cls, source):
+        return {}
+
+    def schedule(self, cfg):
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        need(
+            not config.get("stochastic_sampling"),
+            "this scheduler draws noise: set stochastic_sampling to false",
+        )
+        need(cfg.num_inference_steps > 1, "--num_inference_steps must be 2 or more for this model")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        known = scheduler.config
+        # the more tokens, the more noise
+        _, *size = self.latent_shape(cfg)
+        slope = (known.max_shift - known.base_shift) / (known.max_image_seq_len - known.base_image_seq_len)
+        shift = known.base_shift + slope * (math.prod(size) - known.base_image_seq_len)
+        steps = cfg.num_inference_steps
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).double().tolist(), mu=shift)
+        return flow_schedule(scheduler.sigmas)
+
+    @torch.no_grad()
+    def encode(self, prompts, cfg):
+        conds = {}
+        for key, (states, mask) in encode_t5(self, prompts, 128).items():
+            conds[key] = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        starts = [prompt for prompt in prompts if getattr(prompt, "image", None)]
+        if starts:
+            vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=self.dtype).to(
+                self.device
+            )
+            mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
+        for prompt in starts:
+            picture = read_image(prompt.image, cfg.height, cfg.width)[None, :, None] * 2 - 1
+            latent = vae.encode(picture.to(self.device, self.dtype)).latent_dist.mode()[0].float()
+            conds[cond_key(prompt)]["image"] = (latent - mean) / std  # (C, 1, H / 32, W / 32)
+        return conds
+
+    def load(self):
+        super().load()
+        for block in self.vae.decoder.modules():  # 0.9.1's draws noise: recomputing would not repeat
+            if hasattr(block, "per_channel_scale1"):
+                block.per_channel_scale1 = block.per_channel_scale2 = None
+
+    def latent_shape(self, cfg):
+        """(C, 1 + (F - 1) / 8, H / 32, W / 32) of one video."""
+        channels = read_config(self.source, "transformer/config.json")["in_channels"]
+        return (channels, 1 + (cfg.num_frames - 1) // self.time, cfg.height // 32, cfg.width // 32)
+
+    def denoise(self, x, t, cond):
+        frames, height, width = x.shape[2:]
+        size = dict(num_frames=frames, height=height, width=width)
+        size["rope_interpolation_scale"] = (self.time / self.frame_rate, 32, 32)
+        text = {name: value for name, value in cond.items() if name != "image"}
+        seen, times = x, t.to(self.device).expand(len(x))
+        if "image" in cond:  # the image's tokens come first and are at time 0
+            seen = torch.cat([cond["image"], x[:, :, 1:]], dim=2)
+            noisy = torch.arange(frames * height * width, device=self.device) >= height * width
+            times = times[:, None] * noisy
+        tokens = seen.flatten(2).transpose(1, 2).to(self.dtype)
+        f = self.denoiser(tokens, timestep=times, **text, **size, return_dict=False)[0]
+        f = f.transpose(1, 2).unflatten(2, x.shape[2:]).float()
+        if "image" in cond:  # what leads the first latent frame straight to the image
+            f = torch.cat([(x[:, :, :1] - cond["image"]) * 1000 / t.item(), f[:, :, 1:]], dim=2)
+        return f
+
+    def decode(self, latents, picks):
+        """As above. This VAE looks both ways in time and is cheap: it decodes all for any picks."""
+        mean, std = (
+            v.view(-1, 1, 1, 1).to(self.device) for v in (self.vae.latents_mean, self.vae.latents_std)
+        )
+        hidden, timestep = latents * std / self.vae.config.scaling_factor + mean, None
+        if self.vae.config.timestep_conditioning:
+            noise = torch.randn(hidden.shape, generator=generator_for("decode noise")).to(self.device)
+            hidden = torch.lerp(hidden, noise, self.decode_noise_scale)
+            timestep = torch.full((len(hidden),), self.decode_timestep).to(self.device, self.dtype)
+        video = self.vae.decode(hidden.to(self.dtype), timestep, return_dict=False)[0].transpose(1, 2).float()
+        split = video.split([1] + [self.time] * (latents.shape[2] - 1), dim=1)
+        return straight_through_clamp(torch.cat([split[n] for n in picks], dim=1) / 2 + 0.5)
+
+
 FAMILIES = {
     "TextToVideoSDPipeline": TextToVideoUNet,
     "AnimateDiffPipeline": AnimateDiff,
     "StableDiffusionPipeline": AnimateDiff,
     "StableVideoDiffusionPipeline": StableVideoDiffusion,
     "WanPipeline": Wan,
+    "CogVideoXPipeline": CogVideoX,
+    "LTXPipeline": LTX,
+    "LTXImageToVideoPipeline": LTX,
 }
 
 
@@ -1150,7 +1330,8 @@ def make_videos(run: Run, prompts: list[str], first=0):
     cfg, model = run.cfg, run.model
     draws = [generator_for(cfg.seed, "eval", first + n) for n in range(len(prompts))]
     noise = torch.stack([torch.randn(model.latent_shape(cfg), generator=g) for g in draws]).to(model.device)
-    cond, uncond = collate(run.conds, prompts), collate(run.conds, [""] * len(prompts))
+    cond = collate(run.conds, prompts)
+    uncond = cond | collate(run.conds, [""] * len(prompts))
     clean = rollout(model, run.schedule, noise, cond, uncond, cfg.guidance_scale, draws[0])[-1]
     # a VAE that compresses time decodes frame after frame by itself, and best in one go
     size = cfg.decode_chunk if model.time == 1 else clean.shape[2]
@@ -1166,7 +1347,7 @@ def evaluate(run: Run, prompts: list[str], folder: Path) -> dict:
         batch = prompts[first : first + size]
         videos = make_videos(run, batch, first)
         found = compute_rewards(run.terms, videos, batch, run.cfg.decode_chunk)
-        if run.model.images:
+        if run.model.images != "no" and getattr(batch[0], "image", None):
             starts = [read_image(prompt.image, run.cfg.height, run.cfg.width) for prompt in batch]
             difference = (videos[:, 0].cpu() - torch.stack(starts)).abs().mean((1, 2, 3))
             found["first frame's difference from the image"] = difference
@@ -1242,7 +1423,8 @@ def micro_batch(run: Run, prompts: list[str], step: int, batch: int, scaler):
     generator = generator_for(cfg.seed, step, batch)
     noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=generator).to(model.device)
     picks, trained = pick_frames(cfg, run.terms, generator, model.time), trained_steps(cfg, generator)
-    cond, uncond = collate(run.conds, prompts), collate(run.conds, [""] * len(prompts))
+    cond = collate(run.conds, prompts)
+    uncond = cond | collate(run.conds, [""] * len(prompts))  # an image is given to both branches, if at all
     # half precision has no room for the LoRA's small changes, so there it stays beside the base weights
     with merged(model) if cfg.dtype == "fp32" else contextlib.nullcontext():
         latents = rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale, generator)
@@ -1332,7 +1514,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
     # settings, ranks, output folder
     asked = cfg
     cfg, source, family = resolve(cfg, reward)
-    prompts, held_out = split_prompts(cfg, family.images)
+    prompts, held_out = split_prompts(cfg, family.images == "must")
     eval_prompts = [held_out[n % len(held_out)] for n in range(cfg.eval_videos)]
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world > 1:
@@ -1423,7 +1605,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
 def sample(cfg: Config):
     """--mode sample: a video per prompt with the LoRA, <out>/000.mp4 and on; prompts.json names them."""
     cfg, source, family = resolve(cfg)
-    prompts, out = read_prompts(cfg.prompts, family.images), Path(cfg.out)
+    prompts, out = read_prompts(cfg.prompts, family.images == "must"), Path(cfg.out)
     fresh_folder(out)
     run = load_run(cfg, source, family, prompts, reward=sample)  # a stand-in: no reward is loaded
     for first in tqdm(range(0, len(prompts), cfg.batch_size), desc="sample"):
@@ -1438,7 +1620,7 @@ def compare(cfg: Config):
     """--mode eval: score base and tuned on every prompt, same seeds; writes eval.json, videos, index.html."""
     asked = cfg.model
     cfg, source, family = resolve(cfg)
-    prompts, out = read_prompts(cfg.prompts, family.images), Path(cfg.out)
+    prompts, out = read_prompts(cfg.prompts, family.images == "must"), Path(cfg.out)
     fresh_folder(out)
     run = load_run(cfg, source, family, prompts)
     announce(run, asked)

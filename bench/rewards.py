@@ -33,8 +33,8 @@ REWARDS = {
     "pickscore": MOVE,
     "remove:star": f"{STAR} --steps 40 --decode_frames 4",
     "action": f"{MOVE} --steps 80",
-    "action:rising": f"{STILL} --steps 45 {EARLY}",
-    "vjepa": "",
+    "action:rising": f"{STILL} {MOVE} --steps 80",
+    "vjepa": "--num_inference_steps 5 --batch_size 8 --steps 100",
     "smooth": "",
     "dynamic": "",
     "colorful": "",
@@ -58,7 +58,7 @@ def run(words: str):
 def train(spec: str) -> dict:
     """One row of rewards.csv. A run that is there already is read, not made again."""
     flags, out = REWARDS[spec], folder(spec)
-    command = f"--model tiny --reward {spec} --out {out} {flags}"
+    command = f"--model tiny --reward {spec} --out {out} --eval_videos 32 {flags}"
     done = out / "seconds.txt"
     if not done.exists():
         seconds = run(command)
