@@ -68,25 +68,6 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLCogVideoX,
-    AutoencoderKLLTXVideo,
-    AutoencoderKLTemporalDecoder,
-    AutoencoderKLWan,
-    CogVideoXDDIMScheduler,
-    CogVideoXTransformer3DModel,
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    LTXVideoTransformer3DModel,
-    MotionAdapter,
-    UNet2DConditionModel,
-    UNet3DConditionModel,
-    UNetMotionModel,
-    UNetSpatioTemporalConditionModel,
-    WanTransformer3DModel,
-)
 from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
 from peft.tuners.lora import LoraLayer
@@ -96,14 +77,6 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
-from transformers import (
-    AutoTokenizer,
-    CLIPTextModel,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-    T5EncoderModel,
-    UMT5EncoderModel,
-)
 
 from rewards import CLIP_MEAN, CLIP_STD, BadReward, checkpoint_blocks, make_terms, parse
 
@@ -363,7 +336,9 @@ class Schedule:
         return abs(float(self.b[i] * self.a[i + 1 :].prod()))
 
 
-def ddim_schedule(config: dict, num_inference_steps, eta=0.0, spacing="trailing", kind=DDIMScheduler):
+def ddim_schedule(
+    config: dict, num_inference_steps, eta=0.0, spacing="trailing", kind=diffusers.DDIMScheduler
+):
     """DDIM (Song et al. 2021, eq. 12 and 16) on noise or v prediction (Salimans & Ho 2022, app. D).
 
     config: a scheduler_config.json; kind: the diffusers class with the noise levels. Returns a Schedule.
@@ -394,7 +369,7 @@ def ddim_schedule(config: dict, num_inference_steps, eta=0.0, spacing="trailing"
 
 def edm_schedule(config: dict, num_inference_steps: int) -> Schedule:
     """Euler steps over noise levels sigma, v prediction (Karras et al. 2022, alg. 1 and eq. 7)."""
-    scheduler = EulerDiscreteScheduler.from_config(config)
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
     kind = scheduler.config.prediction_type
     need(kind == "v_prediction", f"this model predicts {kind}; Euler over noise levels here: v_prediction")
     scheduler.set_timesteps(num_inference_steps)
@@ -473,14 +448,14 @@ class TextToVideoUNet:
     """ModelScope, ZeroScope, tiny: UNet3DConditionModel, AutoencoderKL, a CLIP text encoder, DDIM."""
 
     preset = "modelscope"  # whose defaults other models of this family take
-    denoiser_class, folder = UNet3DConditionModel, "unet"
-    vae_class = AutoencoderKL
+    denoiser_class, folder = diffusers.UNet3DConditionModel, "unet"
+    vae_class = diffusers.AutoencoderKL
     # blocks whose activations are recomputed, in the denoiser and in the VAE
     checkpointed = ("ResnetBlock2D", "Transformer2DModel", "TransformerTemporalModel", "TemporalConvLayer")
     vae_checkpointed = ("ResnetBlock2D",)
     lora_prefix = None  # of the keys that the stock pipeline's load_lora_weights wants, where it has that
     multiple, frame_multiple = 8, 1  # of height and width; of the number of frames less one
-    time = 1  # frames in a latent frame; where that is more than one, the first holds one
+    scale, time = 8, 1  # pixels in a latent pixel, frames in a latent frame (but the first, which holds one)
     stochastic = True  # the sampler takes --eta
     images = "no"  # is the video made from an image: no, may, must
 
@@ -497,7 +472,9 @@ class TextToVideoUNet:
     @classmethod
     def native_size(cls, source) -> dict[str, int]:
         """Height and width in pixels that the model was made for, where its files say so."""
-        size = read_config(source, "unet/config.json").get("sample_size") or 32
+        size = read_config(source, f"{cls.folder}/config.json").get("sample_size")
+        if not size:
+            return {}
         height, width = (size, size) if isinstance(size, int) else size
         return {"height": 8 * height, "width": 8 * width}
 
@@ -508,8 +485,10 @@ class TextToVideoUNet:
     @torch.no_grad()
     def encode(self, prompts: list[str], cfg: Config) -> dict[tuple, dict]:
         """{`cond_key`: conditioning, without batch dimension}. Loads the text encoder, and frees it."""
-        tokenizer = CLIPTokenizer.from_pretrained(self.source, subfolder="tokenizer")
-        encoder = CLIPTextModel.from_pretrained(self.source, subfolder="text_encoder", dtype=self.dtype)
+        tokenizer = transformers.CLIPTokenizer.from_pretrained(self.source, subfolder="tokenizer")
+        encoder = transformers.CLIPTextModel.from_pretrained(
+            self.source, subfolder="text_encoder", dtype=self.dtype
+        )
         encoder.to(self.device)
         conds = {}
         for prompt in prompts:
@@ -528,8 +507,11 @@ class TextToVideoUNet:
         return self.denoiser_class.from_pretrained(self.source, subfolder=self.folder, dtype=self.dtype)
 
     def latent_shape(self, cfg: Config) -> tuple[int, ...]:
-        """(C, F, H / 8, W / 8) of one video."""
-        return (self.denoiser.config.in_channels, cfg.num_frames, cfg.height // 8, cfg.width // 8)
+        """(C, F, H, W) of one video's latents."""
+        vae = read_config(self.source, "vae/config.json")
+        frames = 1 + (cfg.num_frames - 1) // self.time
+        size = (frames, cfg.height // self.scale, cfg.width // self.scale)
+        return (vae.get("latent_channels") or vae["z_dim"], *size)
 
     def guidance(self, scale: float, frames: int):
         """Classifier-free guidance scale: a number, or (F, 1, 1) for latents (B, C, F, H, W)."""
@@ -554,7 +536,7 @@ class AnimateDiff(TextToVideoUNet):
     """AnimateDiff (Guo et al. 2023): Stable Diffusion 1.5 with a motion adapter, in one folder or two."""
 
     preset, lora_prefix = "animatediff", "unet"
-    denoiser_class, motion = UNetMotionModel, "guoyww/animatediff-motion-adapter-v1-5-2"
+    denoiser_class, motion = diffusers.UNetMotionModel, "guoyww/animatediff-motion-adapter-v1-5-2"
     checkpointed = ("ResnetBlock2D", "Transformer2DModel", "AnimateDiffTransformer3D")
 
     @classmethod
@@ -562,9 +544,9 @@ class AnimateDiff(TextToVideoUNet):
         if read_config(source, "unet/config.json")["_class_name"] == "UNetMotionModel":
             return super().skeleton(source)
         with torch.device("meta"):
-            unet = UNet2DConditionModel.from_config(read_config(source, "unet/config.json"))
-            adapter = MotionAdapter.from_config(read_config(cls.motion, "config.json"))
-            return UNetMotionModel.from_unet2d(unet, adapter, load_weights=False)
+            unet = diffusers.UNet2DConditionModel.from_config(read_config(source, "unet/config.json"))
+            adapter = diffusers.MotionAdapter.from_config(read_config(cls.motion, "config.json"))
+            return diffusers.UNetMotionModel.from_unet2d(unet, adapter, load_weights=False)
 
     def schedule(self, cfg):
         # the adapter was trained on linear betas, whatever the image model's scheduler says
@@ -575,8 +557,10 @@ class AnimateDiff(TextToVideoUNet):
     def load_denoiser(self):
         if read_config(self.source, "unet/config.json")["_class_name"] == "UNetMotionModel":
             return super().load_denoiser()
-        unet = UNet2DConditionModel.from_pretrained(self.source, subfolder="unet", dtype=self.dtype)
-        return UNetMotionModel.from_unet2d(unet, MotionAdapter.from_pretrained(self.motion)).to(self.dtype)
+        unet = diffusers.UNet2DConditionModel.from_pretrained(self.source, subfolder="unet", dtype=self.dtype)
+        return diffusers.UNetMotionModel.from_unet2d(
+            unet, diffusers.MotionAdapter.from_pretrained(self.motion)
+        ).to(self.dtype)
 
     def denoise(self, x, t, cond):
         text = cond["encoder_hidden_states"].repeat_interleave(x.shape[2], dim=0)  # every frame has its own
@@ -587,7 +571,10 @@ class StableVideoDiffusion(TextToVideoUNet):
     """SVD (Blattmann et al. 2023), image to video: v prediction over noise levels, guidance by frame."""
 
     preset = "svd"
-    denoiser_class, vae_class = UNetSpatioTemporalConditionModel, AutoencoderKLTemporalDecoder
+    denoiser_class, vae_class = (
+        diffusers.UNetSpatioTemporalConditionModel,
+        diffusers.AutoencoderKLTemporalDecoder,
+    )
     checkpointed = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel")
     vae_checkpointed = ("SpatioTemporalResBlock",)
     stochastic, images = False, "must"
@@ -600,7 +587,7 @@ class StableVideoDiffusion(TextToVideoUNet):
 
     @torch.no_grad()
     def encode(self, prompts, cfg):
-        encoder = CLIPVisionModelWithProjection.from_pretrained(
+        encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(
             self.source, subfolder="image_encoder", dtype=self.dtype
         ).to(self.device)
         # in half precision this encoder overflows on some images
@@ -634,9 +621,6 @@ class StableVideoDiffusion(TextToVideoUNet):
         resize = functools.partial(torch.nn.functional.interpolate, mode="bicubic", align_corners=True)
         return resize(blurred[None], (224, 224))[0]
 
-    def latent_shape(self, cfg):
-        return (self.vae.config.latent_channels, cfg.num_frames, cfg.height // 8, cfg.width // 8)
-
     def guidance(self, scale, frames):
         return torch.linspace(1, scale, frames, device=self.device)[:, None, None]
 
@@ -658,22 +642,18 @@ class Wan(TextToVideoUNet):
     """Wan 2.1 text to video (2025): a flow transformer, a causal VAE of 4 frames a latent, a UMT5 encoder."""
 
     preset, lora_prefix = "wan", "transformer"
-    denoiser_class, folder = WanTransformer3DModel, "transformer"
-    vae_class = AutoencoderKLWan
+    denoiser_class, folder = diffusers.WanTransformer3DModel, "transformer"
+    vae_class = diffusers.AutoencoderKLWan
     checkpointed = ("WanTransformerBlock",)
     vae_checkpointed = ()  # its blocks keep a cache: see `load`
-    multiple, frame_multiple, time = 16, 4, 4
+    multiple, frame_multiple, scale, time = 16, 4, 8, 4
     stochastic = False
     # frames are exact; their gradient reaches the picked latent frame and this many before it, no others
     context = 1
 
-    @classmethod
-    def native_size(cls, source):
-        return {}
-
     def schedule(self, cfg):
         config = read_config(self.source, "scheduler/scheduler_config.json")
-        scheduler = FlowMatchEulerDiscreteScheduler(
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
             shift=config.get("flow_shift") or config.get("shift", 1.0)
         )
         scheduler.set_timesteps(cfg.num_inference_steps)
@@ -681,8 +661,10 @@ class Wan(TextToVideoUNet):
 
     @torch.no_grad()
     def encode(self, prompts, cfg):
-        tokenizer = AutoTokenizer.from_pretrained(self.source, subfolder="tokenizer")
-        encoder = UMT5EncoderModel.from_pretrained(self.source, subfolder="text_encoder", dtype=self.dtype)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(self.source, subfolder="tokenizer")
+        encoder = transformers.UMT5EncoderModel.from_pretrained(
+            self.source, subfolder="text_encoder", dtype=self.dtype
+        )
         encoder.to(self.device)
         conds = {}
         for prompt in prompts:
@@ -696,11 +678,6 @@ class Wan(TextToVideoUNet):
     def load(self):
         super().load()
         self.convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in self.vae.decoder.modules())
-
-    def latent_shape(self, cfg):
-        """(C, 1 + (F - 1) / 4, H / 8, W / 8) of one video."""
-        frames = 1 + (cfg.num_frames - 1) // self.time
-        return (self.vae.config.z_dim, frames, cfg.height // 8, cfg.width // 8)
 
     def decode(self, latents, picks):
         parts = [self.decode_run(latents[:, :, : last + 1], first) for first, last in runs(picks)]
@@ -728,8 +705,10 @@ class Wan(TextToVideoUNet):
 @torch.no_grad()
 def encode_t5(model, prompts: list[str], length: int) -> dict[tuple, tuple]:
     """{`cond_key`: T5 states (length, D) and token mask (length,)}, padding included; frees the encoder."""
-    tokenizer = AutoTokenizer.from_pretrained(model.source, subfolder="tokenizer")
-    encoder = T5EncoderModel.from_pretrained(model.source, subfolder="text_encoder", dtype=model.dtype)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.source, subfolder="tokenizer")
+    encoder = transformers.T5EncoderModel.from_pretrained(
+        model.source, subfolder="text_encoder", dtype=model.dtype
+    )
     encoder.to(model.device).eval()
     found = {}
     for prompt in prompts:
@@ -743,11 +722,11 @@ class CogVideoX(TextToVideoUNet):
     """CogVideoX 2B (Yang et al. 2024): a v-prediction transformer, a causal VAE of 4 frames a latent, T5."""
 
     preset, lora_prefix = "cogvideox", "transformer"
-    denoiser_class, folder = CogVideoXTransformer3DModel, "transformer"
-    vae_class = AutoencoderKLCogVideoX
+    denoiser_class, folder = diffusers.CogVideoXTransformer3DModel, "transformer"
+    vae_class = diffusers.AutoencoderKLCogVideoX
     checkpointed = ("CogVideoXBlock",)
     vae_checkpointed = ("CogVideoXResnetBlock3D",)
-    multiple, frame_multiple, time = 16, 8, 4
+    multiple, frame_multiple, scale, time = 16, 8, 8, 4
     stochastic = False
     # frames are exact; their gradient reaches the chunk of a picked latent frame and this many before it
     context = 1
@@ -759,25 +738,17 @@ class CogVideoX(TextToVideoUNet):
         need(plain, f"{source} has rotary positions (5B, 1.5), for which there is no code: CogVideoX-2b")
         return super().skeleton(source)
 
-    @classmethod
-    def native_size(cls, source):
-        return {}
-
     def schedule(self, cfg):
         self.skeleton(self.source)
         # this sampler has no clipping, whatever the file says
         config = read_config(self.source, "scheduler/scheduler_config.json") | {"clip_sample": False}
         given = cfg.num_inference_steps, 0.0, cfg.timestep_spacing
-        return ddim_schedule(config, *given, CogVideoXDDIMScheduler)
+        return ddim_schedule(config, *given, diffusers.CogVideoXDDIMScheduler)
 
     def encode(self, prompts, cfg):
         length = read_config(self.source, "transformer/config.json")["max_text_seq_length"]
         found = encode_t5(self, prompts, length)
         return {key: {"encoder_hidden_states": states} for key, (states, _) in found.items()}
-
-    def latent_shape(self, cfg):
-        frames = 1 + (cfg.num_frames - 1) // 4
-        return (self.denoiser.config.in_channels, frames, cfg.height // 8, cfg.width // 8)
 
     def denoise(self, x, t, cond):
         return super().denoise(x.transpose(1, 2), t, cond).transpose(1, 2)
@@ -802,18 +773,14 @@ class LTX(TextToVideoUNet):
     """LTX-Video (HaCohen et al. 2024), text or image to video: flow on tokens, 8 frames in a latent."""
 
     preset, lora_prefix = "ltx", "transformer"
-    denoiser_class, folder = LTXVideoTransformer3DModel, "transformer"
-    vae_class = AutoencoderKLLTXVideo
+    denoiser_class, folder = diffusers.LTXVideoTransformer3DModel, "transformer"
+    vae_class = diffusers.AutoencoderKLLTXVideo
     checkpointed = ("LTXVideoTransformerBlock",)
     vae_checkpointed = ("LTXVideoResnetBlock3d",)
-    multiple, frame_multiple, time = 32, 8, 8
+    multiple, frame_multiple, scale, time = 32, 8, 32, 8
     stochastic, images = False, "may"
     frame_rate = 25  # frames per second, told to the denoiser
     decode_timestep, decode_noise_scale = 0.05, 0.025  # for a VAE that takes a timestep (0.9.1 and later)
-
-    @classmethod
-    def native_size(cls, source):
-        return {}
 
     def schedule(self, cfg):
         config = read_config(self.source, "scheduler/scheduler_config.json")
@@ -822,7 +789,7 @@ class LTX(TextToVideoUNet):
             "this scheduler draws noise: set stochastic_sampling to false",
         )
         need(cfg.num_inference_steps > 1, "--num_inference_steps must be 2 or more for this model")
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
         known = scheduler.config
         # the more tokens, the more noise
         _, *size = self.latent_shape(cfg)
@@ -854,11 +821,6 @@ class LTX(TextToVideoUNet):
         for block in self.vae.decoder.modules():  # 0.9.1's draws noise: recomputing would not repeat
             if hasattr(block, "per_channel_scale1"):
                 block.per_channel_scale1 = block.per_channel_scale2 = None
-
-    def latent_shape(self, cfg):
-        """(C, 1 + (F - 1) / 8, H / 32, W / 32) of one video."""
-        channels = read_config(self.source, "transformer/config.json")["in_channels"]
-        return (channels, 1 + (cfg.num_frames - 1) // self.time, cfg.height // 32, cfg.width // 32)
 
     def denoise(self, x, t, cond):
         frames, height, width = x.shape[2:]
