@@ -41,6 +41,7 @@ import contextlib
 import dataclasses
 import difflib
 import functools
+import gc
 import hashlib
 import html
 import importlib.util
@@ -55,10 +56,12 @@ import sys
 import tempfile
 import time
 import typing
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Literal
+from unittest import mock
 
 import diffusers
 import imageio.v3 as iio
@@ -74,10 +77,14 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.functional import gaussian_blur
 from tqdm import tqdm
 
+import rewards
 from rewards import CLIP_MEAN, CLIP_STD, BadReward, checkpoint_blocks, make_terms, parse
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
@@ -85,6 +92,10 @@ HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd(
 
 class BadInput(ValueError):
     """A setting or file that can't be used; its message is one line that says what to do."""
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CONFIGS = HERE / "configs"  # of the models and rewards, without weights: for --plan
 
 
 # ---- 1. Config and command line ----------------------------------------------------------------------------
@@ -108,6 +119,8 @@ class Config:
     out: str | None = None  # output folder; default runs/<reward>-<model>, runs/<mode>-<reward>-<model>
     resume: bool = False  # go on with the run in --out, with the same settings (how long may change)
     seed: Annotated[int, (0, math.inf)] = 0  # the same seed gives bitwise the same run on a CPU
+    plan: bool = False  # only predict the peak memory of an update, without GPU, weights or network
+    vram: Positive | None = None  # with --plan: gigabytes there are; exit code 1 when they do not suffice
     # the video and its sampler
     num_frames: Count | None = None  # frames of a video
     height: Count | None = None  # pixels, a multiple of 8
@@ -245,6 +258,8 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
         near = nearest(model, PRESETS)
         raise BadInput(f"unknown model {model!r}: did you mean {near!r}? A hub id or a folder will do too")
     source = PRESETS[model][0] if model in PRESETS else model
+    if cfg.plan and (CONFIGS / model).is_dir():
+        source = str(CONFIGS / model)
     pipeline = read_config(source, "model_index.json").get("_class_name")
     need(pipeline in FAMILIES, f"{source} is a {pipeline}; there is code for: {', '.join(FAMILIES)}")
     family = FAMILIES[pipeline]
@@ -431,8 +446,10 @@ def checkpoint_cached_blocks(vae):
         return y
 
     for module in vae.modules():
-        if type(module).__name__ == "WanResidualBlock":
-            module.forward = functools.partial(recomputed, module.forward, 2)
+        kind = type(module).__name__
+        if kind in ("WanResidualBlock", "WanResample"):
+            slots = 2 if kind == "WanResidualBlock" else int(module.mode == "upsample3d")
+            module.forward = functools.partial(recomputed, module.forward, slots)
 
 
 def read_image(path: str, height=None, width=None):
@@ -649,7 +666,7 @@ class Wan(TextToVideoUNet):
     multiple, frame_multiple, scale, time = 16, 4, 8, 4
     stochastic = False
     # frames are exact; their gradient reaches the picked latent frame and this many before it, no others
-    context = 1
+    context = 0
 
     def schedule(self, cfg):
         config = read_config(self.source, "scheduler/scheduler_config.json")
@@ -725,11 +742,11 @@ class CogVideoX(TextToVideoUNet):
     denoiser_class, folder = diffusers.CogVideoXTransformer3DModel, "transformer"
     vae_class = diffusers.AutoencoderKLCogVideoX
     checkpointed = ("CogVideoXBlock",)
-    vae_checkpointed = ("CogVideoXResnetBlock3D",)
+    vae_checkpointed = ("CogVideoXResnetBlock3D", "CogVideoXUpsample3D")
     multiple, frame_multiple, scale, time = 16, 8, 8, 4
     stochastic = False
     # frames are exact; their gradient reaches the chunk of a picked latent frame and this many before it
-    context = 1
+    context = 0
 
     @classmethod
     def skeleton(cls, source):
@@ -836,7 +853,7 @@ class LTX(TextToVideoUNet):
         f = self.denoiser(tokens, timestep=times, **text, **size, return_dict=False)[0]
         f = f.transpose(1, 2).unflatten(2, x.shape[2:]).float()
         if "image" in cond:  # what leads the first latent frame straight to the image
-            f = torch.cat([(x[:, :, :1] - cond["image"]) * 1000 / t.item(), f[:, :, 1:]], dim=2)
+            f = torch.cat([(x[:, :, :1] - cond["image"]) * 1000 / t.to(self.device), f[:, :, 1:]], dim=2)
         return f
 
     def decode(self, latents, picks):
@@ -1243,7 +1260,7 @@ class Run:
 
 def load_run(cfg: Config, source: str, family: type, prompts: list[str], reward=None) -> Run:
     """Load the rewards (or take yours), encode the prompts, then load the denoiser, its LoRA and the VAE."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.dtype]
+    dtype = DTYPES[cfg.dtype]
     terms = {getattr(reward, "__name__", "custom"): (1.0, reward)}
     if reward is None:
         terms = make_terms(cfg.reward, cfg.device, dtype, cfg.reward_weights)
@@ -1597,6 +1614,154 @@ def compare(cfg: Config):
     print(f"done: open {out / 'index.html'}")
 
 
+# ---- 11. Memory plan ---------------------------------------------------------------------------------------
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of all storages alive that were made inside, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive, self.now, self.peak = {}, 0, 0
+
+    def free(self, key):
+        self.now -= self.alive.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage._cdata
+                if key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.free, key)
+        self.peak = max(self.peak, self.now)
+        return result
+
+    def phase(self) -> float:
+        """The peak since the last call, in GB."""
+        gc.collect()
+        peak, self.peak = self.peak, self.now
+        return peak / 1e9
+
+
+@contextlib.contextmanager
+def without_weights():
+    """Inside, networks are built from their config files alone, and a tokenizer gives its greatest length."""
+
+    def network(cls, folder, subfolder="", dtype=torch.float32, **_):
+        folder = Path(folder) / subfolder
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            if issubclass(cls, diffusers.ModelMixin):
+                return cls.from_config(json.loads((folder / "config.json").read_text()))
+            return cls._from_config(cls.config_class.from_pretrained(folder), dtype=dtype)
+        finally:
+            torch.set_default_dtype(before)
+
+    def to(self, *args, **_):
+        # tensors without content can't be exchanged in place, as Module.to does
+        dtype = next((arg for arg in args if isinstance(arg, torch.dtype)), None)
+        for module in self.modules():
+            for name, p in module._parameters.items():
+                if dtype and p is not None and p.dtype != dtype:
+                    module._parameters[name] = torch.nn.Parameter(p.detach().to(dtype), p.requires_grad)
+            for name, b in module._buffers.items():
+                if dtype and b is not None and b.is_floating_point():
+                    module._buffers[name] = b.to(dtype)
+        return self
+
+    def tokens(text, max_length=77, **_):
+        ids = torch.zeros(1, max_length, dtype=torch.long)
+        return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    def real_masks(*args):
+        with unset_fake_temporarily():
+            return masks(*args)
+
+    def checkpointed(network, device, dtype, blocks=()):
+        checkpoint_blocks(network, blocks)
+        return frozen(network, device, dtype)
+
+    masks, frozen = rewards.jepa_masks, rewards.frozen
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (diffusers.ModelMixin, "from_pretrained", classmethod(network)),
+            (transformers.PreTrainedModel, "from_pretrained", classmethod(network)),
+            (transformers.PreTrainedTokenizerBase, "from_pretrained", lambda *_, **__: tokens),
+            (transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokens),
+            (rewards.open_clip, "get_tokenizer", lambda *_: lambda text: tokens(text).input_ids),
+            (rewards, "jepa_masks", real_masks),
+            (rewards, "frozen", checkpointed),
+            (torch, "load", lambda *_, **__: {"state_dict": {}}),
+            (torch.nn.Module, "to", to),
+            (transformers.PreTrainedModel, "init_weights", lambda self: None),
+            (torch.nn.Module, "load_state_dict", lambda *_, **__: None),
+            (rewards, "hf_hub_download", lambda *names: "/".join(names)),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        yield
+
+
+def plan(cfg: Config) -> int:
+    """--plan: count the live storages of one update of tensors without content. Prints gigabytes by phase.
+
+    Counts what PyTorch's allocator is asked for, in bf16 (or --dtype); not its rounding, nor CUDA's own.
+    Returns 1 if that is more than --vram, else 0.
+    """
+    chosen = dict(device="cpu", checkpointing=True, dtype="bf16" if cfg.dtype == "auto" else cfg.dtype)
+    cfg, source, family = resolve(dataclasses.replace(cfg, **chosen))
+    followed, here = "vjepa" not in cfg.reward, Path(source).is_dir()
+    need(followed, "--plan can't follow vjepa, whose predictor reads its masks' numbers: plan with hps")
+    need(here, f"--plan has no configs of {cfg.model}: give one of the README, or a folder")
+    dtype = DTYPES[cfg.dtype]
+    weights = cfg.reward_weights or str(CONFIGS / "rewards")
+    prompts = [Prompt("a prompt")] * cfg.batch_size
+    prompts[0].image = str(HERE / "tiny" / "photo-cat.jpg") if family.images == "must" else None
+    model = family(source, "cpu", dtype)
+    schedule, found = model.schedule(cfg), {}
+    # one step, the last, is enough; numbers, as tensors without content have none
+    tables = {name: getattr(schedule, name)[-1:].tolist() for name in "abcpqs"}
+    schedule = dataclasses.replace(schedule, t=schedule.t[-1:], **tables)
+    with without_weights(), FakeTensorMode(allow_non_fake_inputs=True), LiveStorages() as memory:
+        terms = make_terms(cfg.reward, "cpu", dtype, weights)
+        found["reward"] = memory.phase()
+        conds = model.encode([prompts[0], ""], cfg)
+        found["encoding prompts"] = memory.phase()
+        model.load()
+        add_lora(model, cfg)
+        checkpoint_blocks(model.denoiser, family.checkpointed)
+        checkpoint_blocks(model.vae, family.vae_checkpointed)
+        checkpoint_cached_blocks(model.vae)
+        optimizer = make_optimizer(cfg, list(lora_parameters(model).values()))
+        memory.phase()
+        found["all weights"] = memory.now / 1e9
+        cond = collate(conds, prompts)
+        uncond = cond | collate(conds, [""] * len(prompts))
+        noise = torch.randn(len(prompts), *model.latent_shape(cfg))
+        latents = rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
+        found["rollout"] = memory.phase()
+        with unset_fake_temporarily():
+            picks = pick_frames(cfg, terms, generator_for(cfg.seed), model.time)
+        _, g = score(model, terms, latents[-1], prompts, picks, cfg.decode_chunk)
+        found["score"] = memory.phase()
+        walk_back(model, schedule, latents, g, cond, uncond, [0], cfg)
+        found["walk back"] = memory.phase()
+        optimizer.step()
+        found["optimiser"] = memory.phase()
+    for name, size in found.items():
+        print(f"{name:18}{size:6.2f} GB")
+    peak = max(found.values())
+    print(f"{'peak':18}{peak:6.2f} GB predicted; CUDA itself takes about 0.5 more")
+    if cfg.vram and peak > cfg.vram:
+        print(f"more than {cfg.vram:g}: lower --batch_size, --num_frames, --height and --width, --lora_rank")
+        return 1
+    return 0
+
+
 def main(argv=None) -> int:
     """Run the command line. The exit code is 0; after one line, 2 for bad input, 1 for lost gradients."""
     for library in (transformers, diffusers):  # their loading bars and reports of unused weights
@@ -1604,6 +1769,8 @@ def main(argv=None) -> int:
         library.utils.logging.disable_progress_bar()
     try:
         cfg = parse_args(argv)
+        if cfg.plan:
+            return plan(cfg)
         {"sample": sample, "eval": compare}.get(cfg.mode, train)(cfg)
     except (BadInput, BadReward) as error:
         print(f"vader.py: error: {error}", file=sys.stderr)
