@@ -1674,7 +1674,17 @@ def without_weights():
                     module._buffers[name] = b.to(dtype)
         return self
 
-    def tokens(text, max_length=77, **_):
+    def tokenizer(cls, folder, **_):
+        file = Path(folder) / "text_encoder" / "config.json"
+        config = json.loads(file.read_text()) if file.exists() else {}
+        return functools.partial(tokens, max_length=config.get("max_position_embeddings", 77))
+
+    def clip_tokenizer(name):
+        file = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
+        length = json.loads(file.read_text())["model_cfg"]["text_cfg"]["context_length"]
+        return lambda text: tokens(text, length).input_ids
+
+    def tokens(text, max_length, **_):
         ids = torch.zeros(1, max_length, dtype=torch.long)
         return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
@@ -1691,9 +1701,9 @@ def without_weights():
         for target, name, value in (
             (diffusers.ModelMixin, "from_pretrained", classmethod(network)),
             (transformers.PreTrainedModel, "from_pretrained", classmethod(network)),
-            (transformers.PreTrainedTokenizerBase, "from_pretrained", lambda *_, **__: tokens),
-            (transformers.AutoTokenizer, "from_pretrained", lambda *_, **__: tokens),
-            (rewards.open_clip, "get_tokenizer", lambda *_: lambda text: tokens(text).input_ids),
+            (transformers.PreTrainedTokenizerBase, "from_pretrained", classmethod(tokenizer)),
+            (transformers.AutoTokenizer, "from_pretrained", classmethod(tokenizer)),
+            (rewards.open_clip, "get_tokenizer", clip_tokenizer),
             (rewards, "jepa_masks", real_masks),
             (rewards, "frozen", checkpointed),
             (torch, "load", lambda *_, **__: {"state_dict": {}}),
