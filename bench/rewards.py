@@ -68,6 +68,7 @@ def train(spec: str) -> dict:
     gain = np.subtract(results[-1], results[0])
     numbers = np.mean(results[0]), np.mean(results[-1]), gain.mean(), gain.std(ddof=1) / len(gain) ** 0.5
     row = dict(zip(("base", "tuned", "gain", "error"), (f"{n:.3f}" for n in numbers), strict=True))
+    row["videos"] = len(gain)
     return {"reward": spec} | row | {"seconds": done.read_text(), "flags": flags.replace(f"{RUNS}/", "")}
 
 
