@@ -31,9 +31,10 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
     K, T            trained steps, sampling steps
 
 Contents (search for "# ----"): 1 config, 2 schedule, 3 models, 4 LoRA, 5 rollout, score, walk back, 6 prompts
-and randomness, 7 files and resume, 8 loading, evaluation, page, 9 training, 10 sampling and scoring, 11 memory
-plan. Rewards, and `checkpoint_blocks`, which they use too, are in rewards.py. What people change is marked
-"SWAP:". The loss is minus the reward, for every reward; the paper's per-reward loss forms are left out.
+and randomness, 7 files and resume, 8 loading, evaluation, page, 9 training, 10 sampling and scoring, 11
+memory plan. Rewards and `checkpoint_blocks`, which they use too, are in rewards.py. What people change is
+marked "SWAP:". The loss is minus the reward, for every reward; the paper's per-reward loss forms are
+left out.
 """
 
 import argparse
