@@ -6,8 +6,9 @@
 `reward.frames` says what it wants to see: 1 for an image reward (a mean over any frames), n for a clip of n
 evenly spaced frames, "all" for every frame. `arg` is what follows the colon in `--reward name:arg`. `weights`
 is None for the published weights, or a folder that holds one sub-folder per reward, in the same file formats.
-Two more are optional: `reward.report`, {name: (B,)} figures of the last call to log beside the reward, and
-`reward.check(prompts)`, called once before training, which raises BadReward when it can't work with them.
+Optional: `reward.report`, {name: (B,)} figures of the last call to log beside the reward;
+`reward.check(prompts)`, called once before training, which raises BadReward when it can't work with them;
+`reward.networks`, a list of modules, for `--offload` to move to host memory while no video is scored.
 
 Your own reward: write `make_mine` by imitating `make_colorful`, and add one line to REWARDS at the end.
 """
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     CLIPModel,
@@ -81,7 +83,14 @@ def checkpoint_blocks(network: nn.Module, classes: tuple[str, ...]):
     def recomputed(forward, *args, **kwargs):
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        # as separate tensors, or an outer checkpoint could not free them (CogVideoX's caches: 6 GB)
+        leaves, shape = tree_flatten((args, kwargs))
+
+        def run(*leaves):
+            args, kwargs = tree_unflatten(leaves, shape)
+            return forward(*args, **kwargs)
+
+        return checkpoint(run, *leaves, use_reentrant=False, preserve_rng_state=False)
 
     for module in network.modules():
         if type(module).__name__ in classes:
@@ -155,11 +164,11 @@ def make_aesthetic(device, dtype, arg=None, weights=None):
         embedding = exact(clip(pixel_values=pixels.to(dtype)).image_embeds)  # (B * N, D)
         return head(F.normalize(embedding, dim=-1)).view(frames.shape[:2]).mean(1)
 
-    reward.frames = 1
+    reward.frames, reward.networks = 1, [clip, head]
     return reward
 
 
-def image_text_reward(embed_image, embed_text):
+def image_text_reward(network, embed_image, embed_text):
     """Cosine of each frame's embedding and its own prompt's, averaged over frames; texts are embedded once.
 
     embed_image: (B, N, 3, H, W) -> (B * N, D); embed_text: a prompt -> (1, D).
@@ -173,7 +182,7 @@ def image_text_reward(embed_image, embed_text):
         images = F.normalize(exact(embed_image(frames)), dim=-1).unflatten(0, frames.shape[:2])  # (B, N, D)
         return (images * texts).sum(-1).mean(1)
 
-    reward.frames = 1
+    reward.frames, reward.networks = 1, [network]
     return reward
 
 
@@ -198,7 +207,11 @@ def make_clip(device, dtype, arg=None, weights=None):
     model = arg or source(weights, "clip", "openai/clip-vit-large-patch14")
     clip, embed_image, embed_text = load_clip(model, model, device, dtype)
     size = clip.config.vision_config.image_size
-    return image_text_reward(lambda f: embed_image(preprocess(f, size, CLIP_MEAN, CLIP_STD)), embed_text)
+
+    def prepared(frames):
+        return embed_image(preprocess(frames, size, CLIP_MEAN, CLIP_STD))
+
+    return image_text_reward(clip, prepared, embed_text)
 
 
 def make_pickscore(device, dtype, arg=None, weights=None):
@@ -211,12 +224,12 @@ def make_pickscore(device, dtype, arg=None, weights=None):
     def prepared(frames):
         return embed_image(preprocess(frames, size, CLIP_MEAN, CLIP_STD, short_side=True, crop=size))
 
-    cosine = image_text_reward(prepared, embed_text)
+    cosine = image_text_reward(clip, prepared, embed_text)
 
     def reward(frames, prompts):
         return scale * cosine(frames, prompts)
 
-    reward.frames = 1
+    reward.frames, reward.networks = 1, [clip]
     return reward
 
 
@@ -241,7 +254,10 @@ def make_hps(device, dtype, arg=None, weights=None):
         size = size if isinstance(size, int) else size[0]
         return clip.encode_image(preprocess(frames, size, CLIP_MEAN, CLIP_STD).to(dtype))
 
-    return image_text_reward(embed_image, lambda prompt: clip.encode_text(tokenizer([prompt]).to(device)))
+    def embed_text(prompt):
+        return clip.encode_text(tokenizer([prompt]).to(device))
+
+    return image_text_reward(clip, embed_image, embed_text)
 
 
 def make_remove(device, dtype, arg=None, weights=None):
@@ -267,7 +283,7 @@ def make_remove(device, dtype, arg=None, weights=None):
         reward.report = {"count": (p > 0.2).sum(-1).view(frames.shape[:2]).float().mean(1)}
         return -seen.view(frames.shape[:2]).mean(1)
 
-    reward.frames = 1
+    reward.frames, reward.networks = 1, [yolos]
     return reward
 
 
@@ -360,7 +376,7 @@ def make_action(device, dtype, arg=None, weights=None):
         reward.report = {"probability": value.detach().exp()}
         return value
 
-    reward.frames, reward.check = config.num_frames, check
+    reward.frames, reward.networks, reward.check = config.num_frames, [network], check
     return reward
 
 
@@ -436,7 +452,7 @@ def make_vjepa(device, dtype, arg=None, weights=None):
             losses.append(jepa_loss(model, pixels, *(mask.to(frames.device) for mask in masks)))
         return -torch.stack(losses).mean(0)
 
-    reward.frames = "all"
+    reward.frames, reward.networks = "all", [model]
     return reward
 
 

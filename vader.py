@@ -97,6 +97,7 @@ class BadInput(ValueError):
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = HERE / "configs"  # of the models and rewards, without weights: for --plan
+HOST = "cpu"  # where idle parts wait
 
 
 # ---- 1. Config and command line ----------------------------------------------------------------------------
@@ -138,6 +139,7 @@ class Config:
     decode_frames: Count | None = None  # frames decoded and scored per update; default what the reward wants
     decode_chunk: Count = 1  # frames decoded at once; costs memory
     checkpointing: bool | None = None  # recompute activations: less memory, more time; default on a GPU
+    offload: bool = False  # what is idle in a phase waits in host memory: less memory, more time (printed)
     # the objective
     reward_target: float | None = None  # hinge: a video whose reward is above this gets no gradient
     kl_weight: NotNegative = 0.0  # pull to the base model: weight of the squared change of its output
@@ -170,6 +172,8 @@ PRESET_FIELDS += ("steps", "eval_every", "lr", "batch_size", "grad_accum", "lora
 SD15, SVD = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-video-diffusion-img2vid"
 PRESETS = {
     "tiny": (str(HERE / "tiny" / "t2v"), 8, 64, 64, 10, 4.0, 50, 25, 1e-3, 2, 1, 8),
+    "tiny-i2v": (str(HERE / "tiny" / "i2v"), 8, 64, 64, 10, 2.0, 50, 25, 1e-3, 2, 1, 8),
+    "tiny-wan": (str(HERE / "tiny" / "wan"), 9, 64, 64, 10, 4.0, 50, 25, 1e-3, 2, 1, 8),
     "modelscope": ("ali-vilab/text-to-video-ms-1.7b", 16, 256, 256, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
     "zeroscope": ("cerspense/zeroscope_v2_576w", 24, 320, 576, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
     "animatediff": (SD15, 16, 512, 512, 25, 7.5, 200, 50, 2e-4, 1, 4, 16),
@@ -178,6 +182,7 @@ PRESETS = {
     "ltx": ("Lightricks/LTX-Video", 49, 512, 704, 30, 3.0, 200, 50, 1e-4, 1, 4, 16),
     "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 81, 480, 832, 30, 5.0, 200, 50, 1e-4, 1, 4, 16),
 }
+TINY = ("tiny", "tiny-i2v", "tiny-wan")  # in this repository, with toy rewards
 
 
 def need(ok, message: str):
@@ -275,7 +280,7 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     preset["out"] = f"runs/{label}" if cfg.mode == "train" else f"runs/{cfg.mode}-{label}"
     preset["checkpointing"] = device == "cuda"
     preset["lora_alpha"] = cfg.lora_rank or preset["lora_rank"]
-    preset["reward_weights"] = str(HERE / "tiny" / "rewards") if model == "tiny" else None
+    preset["reward_weights"] = str(HERE / "tiny" / "rewards") if model in TINY else None
     unset = {name: value for name, value in preset.items() if getattr(cfg, name) in (None, "auto")}
     cfg = dataclasses.replace(cfg, **unset | {"model": model, "device": device})
 
@@ -293,8 +298,9 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     need(cfg.lora or cfg.mode == "train", f"--mode {cfg.mode} needs --lora: a training run's lora folder")
     if reward is None:
         parse(cfg.reward)
+    skeleton = family.skeleton(source)  # also says so if there is no code for it
     if cfg.lora:
-        check_lora(cfg.lora, family.skeleton(source))
+        check_lora(cfg.lora, skeleton)
     return cfg, source, family
 
 
@@ -461,6 +467,24 @@ def read_image(path: str, height=None, width=None):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
+@torch.no_grad()
+def encode_text(model, kind: type, prompts: list[str], length=None, masked=False) -> dict[tuple, tuple]:
+    """{`cond_key`: text states (length, D), token mask (length,)}. Loads the text encoder, and frees it.
+
+    kind: the encoder's class; length: in tokens, the tokenizer's own if None; masked: padding is not seen.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model.source, subfolder="tokenizer")
+    encoder = kind.from_pretrained(model.source, subfolder="text_encoder", dtype=model.dtype)
+    encoder.to(model.device).eval()
+    how, found = dict(padding="max_length", truncation=True, return_tensors="pt"), {}
+    for prompt in prompts:
+        tokens = tokenizer(str(prompt), max_length=length, **how).to(model.device)
+        mask = tokens.attention_mask
+        states = encoder(tokens.input_ids, attention_mask=mask if masked else None)[0]
+        found[cond_key(prompt)] = states[0], mask[0].bool()
+    return found
+
+
 # SWAP: your model. A family is these members, listed in FAMILIES by the _class_name of its model_index.json.
 class TextToVideoUNet:
     """ModelScope, ZeroScope, tiny: UNet3DConditionModel, AutoencoderKL, a CLIP text encoder, DDIM."""
@@ -500,19 +524,10 @@ class TextToVideoUNet:
         config = read_config(self.source, "scheduler/scheduler_config.json")
         return ddim_schedule(config, cfg.num_inference_steps, cfg.eta, cfg.timestep_spacing)
 
-    @torch.no_grad()
     def encode(self, prompts: list[str], cfg: Config) -> dict[tuple, dict]:
-        """{`cond_key`: conditioning, without batch dimension}. Loads the text encoder, and frees it."""
-        tokenizer = transformers.CLIPTokenizer.from_pretrained(self.source, subfolder="tokenizer")
-        encoder = transformers.CLIPTextModel.from_pretrained(
-            self.source, subfolder="text_encoder", dtype=self.dtype
-        )
-        encoder.to(self.device)
-        conds = {}
-        for prompt in prompts:
-            tokens = tokenizer(prompt, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            conds[cond_key(prompt)] = {"encoder_hidden_states": encoder(tokens.to(self.device))[0][0]}
-        return conds
+        """{`cond_key`: conditioning, without batch dimension}. Loads the encoders, and frees them."""
+        found = encode_text(self, transformers.CLIPTextModel, prompts)
+        return {key: {"encoder_hidden_states": states} for key, (states, _) in found.items()}
 
     def load(self):
         """Load the denoiser and the VAE, frozen, without dropout (recomputing must give the same numbers)."""
@@ -520,6 +535,11 @@ class TextToVideoUNet:
         self.vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
         for part in (self.denoiser, self.vae):
             part.to(self.device).eval().requires_grad_(False)
+
+    def recompute(self):
+        """Recompute activations in the backward pass, block by block."""
+        checkpoint_blocks(self.denoiser, self.checkpointed)
+        checkpoint_blocks(self.vae, self.vae_checkpointed)
 
     def load_denoiser(self):
         return self.denoiser_class.from_pretrained(self.source, subfolder=self.folder, dtype=self.dtype)
@@ -589,11 +609,10 @@ class StableVideoDiffusion(TextToVideoUNet):
     """SVD (Blattmann et al. 2023), image to video: v prediction over noise levels, guidance by frame."""
 
     preset = "svd"
-    denoiser_class, vae_class = (
-        diffusers.UNetSpatioTemporalConditionModel,
-        diffusers.AutoencoderKLTemporalDecoder,
-    )
+    denoiser_class = diffusers.UNetSpatioTemporalConditionModel
+    vae_class = diffusers.AutoencoderKLTemporalDecoder
     checkpointed = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel")
+    checkpointed += ("BasicTransformerBlock", "TemporalBasicTransformerBlock")  # within: 4.7 GB less
     vae_checkpointed = ("SpatioTemporalResBlock",)
     stochastic, images = False, "must"
     # the model's own defaults: frames per second less one, how much moves, noise on the image
@@ -663,7 +682,7 @@ class Wan(TextToVideoUNet):
     denoiser_class, folder = diffusers.WanTransformer3DModel, "transformer"
     vae_class = diffusers.AutoencoderKLWan
     checkpointed = ("WanTransformerBlock",)
-    vae_checkpointed = ()  # its blocks keep a cache: see `load`
+    vae_checkpointed = ()  # its blocks keep a cache: see `recompute`
     multiple, frame_multiple, scale, time = 16, 4, 8, 4
     stochastic = False
     # frames are exact; their gradient reaches the picked latent frame and this many before it, no others
@@ -677,25 +696,19 @@ class Wan(TextToVideoUNet):
         scheduler.set_timesteps(cfg.num_inference_steps)
         return flow_schedule(scheduler.sigmas)
 
-    @torch.no_grad()
     def encode(self, prompts, cfg):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(self.source, subfolder="tokenizer")
-        encoder = transformers.UMT5EncoderModel.from_pretrained(
-            self.source, subfolder="text_encoder", dtype=self.dtype
-        )
-        encoder.to(self.device)
-        conds = {}
-        for prompt in prompts:
-            text = " ".join(html.unescape(html.unescape(prompt)).split())
-            tokens = tokenizer(text, truncation=True, max_length=512, return_tensors="pt").to(self.device)
-            hidden = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
-            padding = (0, 0, 0, 512 - len(hidden))
-            conds[cond_key(prompt)] = {"encoder_hidden_states": torch.nn.functional.pad(hidden, padding)}
-        return conds
+        texts = {cond_key(p): " ".join(html.unescape(html.unescape(p)).split()) for p in prompts}
+        found = encode_text(self, transformers.UMT5EncoderModel, texts.values(), 512, masked=True)
+        states = {text: states * mask[:, None] for (text, _), (states, mask) in found.items()}
+        return {key: {"encoder_hidden_states": states[text]} for key, text in texts.items()}
 
     def load(self):
         super().load()
         self.convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in self.vae.decoder.modules())
+
+    def recompute(self):
+        super().recompute()
+        checkpoint_cached_blocks(self.vae)
 
     def decode(self, latents, picks):
         parts = [self.decode_run(latents[:, :, : last + 1], first) for first, last in runs(picks)]
@@ -720,22 +733,6 @@ class Wan(TextToVideoUNet):
         return torch.cat(parts, dim=2)
 
 
-@torch.no_grad()
-def encode_t5(model, prompts: list[str], length: int) -> dict[tuple, tuple]:
-    """{`cond_key`: T5 states (length, D) and token mask (length,)}, padding included; frees the encoder."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model.source, subfolder="tokenizer")
-    encoder = transformers.T5EncoderModel.from_pretrained(
-        model.source, subfolder="text_encoder", dtype=model.dtype
-    )
-    encoder.to(model.device).eval()
-    found = {}
-    for prompt in prompts:
-        how = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        tokens = tokenizer(str(prompt), **how).to(model.device)
-        found[cond_key(prompt)] = encoder(tokens.input_ids)[0][0], tokens.attention_mask[0].bool()
-    return found
-
-
 class CogVideoX(TextToVideoUNet):
     """CogVideoX 2B (Yang et al. 2024): a v-prediction transformer, a causal VAE of 4 frames a latent, T5."""
 
@@ -743,7 +740,7 @@ class CogVideoX(TextToVideoUNet):
     denoiser_class, folder = diffusers.CogVideoXTransformer3DModel, "transformer"
     vae_class = diffusers.AutoencoderKLCogVideoX
     checkpointed = ("CogVideoXBlock",)
-    vae_checkpointed = ("CogVideoXResnetBlock3D", "CogVideoXUpsample3D")
+    vae_checkpointed = ("CogVideoXResnetBlock3D", "CogVideoXUpsample3D", "CogVideoXSpatialNorm3D")
     multiple, frame_multiple, scale, time = 16, 8, 8, 4
     stochastic = False
     # frames are exact; their gradient reaches the chunk of a picked latent frame and this many before it
@@ -757,7 +754,6 @@ class CogVideoX(TextToVideoUNet):
         return super().skeleton(source)
 
     def schedule(self, cfg):
-        self.skeleton(self.source)
         # this sampler has no clipping, whatever the file says
         config = read_config(self.source, "scheduler/scheduler_config.json") | {"clip_sample": False}
         given = cfg.num_inference_steps, 0.0, cfg.timestep_spacing
@@ -765,15 +761,39 @@ class CogVideoX(TextToVideoUNet):
 
     def encode(self, prompts, cfg):
         length = read_config(self.source, "transformer/config.json")["max_text_seq_length"]
-        found = encode_t5(self, prompts, length)
+        found = encode_text(self, transformers.T5EncoderModel, prompts, length)
         return {key: {"encoder_hidden_states": states} for key, (states, _) in found.items()}
 
     def denoise(self, x, t, cond):
         return super().denoise(x.transpose(1, 2), t, cond).transpose(1, 2)
 
     def decode(self, latents, picks):
-        """As above. The VAE decodes latent frames 0 to 2, then two by two, and hands on a cache."""
-        hidden = (latents / self.vae.config.scaling_factor).to(self.dtype)
+        """As above, where the frame is large in overlapping tiles, as `pipe.vae.enable_tiling()` does."""
+        vae, hidden = self.vae, (latents / self.vae.config.scaling_factor).to(self.dtype)
+        height, width = vae.tile_latent_min_height, vae.tile_latent_min_width
+        if hidden.shape[3] <= height and hidden.shape[4] <= width:
+            video = self.decode_tile(hidden, picks)
+        else:
+            # neighbours share this much of a tile, and are blended there
+            y_share, x_share = vae.tile_overlap_factor_height, vae.tile_overlap_factor_width
+            tops = range(0, hidden.shape[3], int(height * (1 - y_share)))
+            lefts = range(0, hidden.shape[4], int(width * (1 - x_share)))
+            tiles = [[hidden[..., y : y + height, x : x + width] for x in lefts] for y in tops]
+            # checkpointed as a whole: only one tile's graph is alive
+            run = functools.partial(checkpoint, self.decode_tile, picks=picks, use_reentrant=False)
+            rows = [[run(tile) for tile in row] for row in tiles]
+            high, wide = vae.tile_sample_min_height, vae.tile_sample_min_width
+            y_blend, x_blend = int(high * y_share), int(wide * x_share)
+            for i, row in enumerate(rows):
+                for j in range(len(row)):
+                    row[j] = vae.blend_v(rows[i - 1][j], row[j], y_blend) if i else row[j]
+                    row[j] = vae.blend_h(row[j - 1], row[j], x_blend) if j else row[j]
+            kept = [[tile[..., : high - y_blend, : wide - x_blend] for tile in row] for row in rows]
+            video = torch.cat([torch.cat(row, dim=4) for row in kept], dim=3)
+        return straight_through_clamp(video.transpose(1, 2).float() / 2 + 0.5)
+
+    def decode_tile(self, hidden, picks):
+        """The VAE's own decoding: latent frames 0 to 2, then two by two, handing on a cache."""
         chunks = [range(3), *(range(first, first + 2) for first in range(3, hidden.shape[2], 2))]
         picked = [n for n, chunk in enumerate(chunks) if set(chunk) & set(picks)]
         parts, cache, graph = [], None, torch.is_grad_enabled()
@@ -784,7 +804,7 @@ class CogVideoX(TextToVideoUNet):
                 video, cache = self.vae.decoder(piece, conv_cache=cache)
             split = video.split([self.time if i else 1 for i in chunk], dim=2)
             parts += [part for i, part in zip(chunk, split, strict=True) if i in picks]
-        return straight_through_clamp(torch.cat(parts, dim=2).transpose(1, 2).float() / 2 + 0.5)
+        return torch.cat(parts, dim=2)
 
 
 class LTX(TextToVideoUNet):
@@ -820,7 +840,7 @@ class LTX(TextToVideoUNet):
     @torch.no_grad()
     def encode(self, prompts, cfg):
         conds = {}
-        for key, (states, mask) in encode_t5(self, prompts, 128).items():
+        for key, (states, mask) in encode_text(self, transformers.T5EncoderModel, prompts, 128).items():
             conds[key] = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
         starts = [prompt for prompt in prompts if getattr(prompt, "image", None)]
         if starts:
@@ -1155,10 +1175,15 @@ def pick_frames(cfg: Config, terms: dict, generator, time=1) -> list[int]:
     return sorted(torch.randperm((cfg.num_frames - 1) // time + 1, generator=generator)[:n].tolist())
 
 
-def collate(conds: dict, prompts: list[str]) -> dict:
-    """The conditioning of a batch of prompts: every entry gets a batch dimension."""
+def collate(conds: dict, prompts: list[str]) -> tuple[dict, dict]:
+    """Conditioning of a batch of prompts with and without their text: every entry gets a batch dimension.
+
+    What the empty prompt's has not, an image that both guidance branches are given, comes from the prompt's.
+    """
     rows = [conds[cond_key(prompt)] for prompt in prompts]
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    empty = {name: value.expand(len(rows), *value.shape) for name, value in conds[cond_key("")].items()}
+    return cond, cond | empty
 
 
 # ---- 7. Files and resume -----------------------------------------------------------------------------------
@@ -1256,7 +1281,19 @@ class Run:
     model: TextToVideoUNet
     schedule: Schedule
     terms: dict
-    conds: dict
+    conds: dict | None = None
+    moving: float = 0.0  # seconds spent moving weights between device and host
+
+
+def bring(run: Run, denoiser=False, scoring=False):
+    """Put the denoiser, or the VAE and the rewards, or both, on the device; all that is idle on the host."""
+    start, parts = time.time(), [(scoring, run.model.vae), (denoiser, run.model.denoiser)]
+    for _, reward in run.terms.values():
+        parts += [(scoring, network) for network in getattr(reward, "networks", ())]
+    for wanted, part in sorted(parts, key=lambda entry: entry[0]):  # first make room
+        if part is not None:
+            part.to(run.model.device if wanted else HOST)
+    run.moving += time.time() - start
 
 
 def load_run(cfg: Config, source: str, family: type, prompts: list[str], reward=None) -> Run:
@@ -1269,15 +1306,15 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[str], reward=
         if hasattr(term, "check"):
             term.check(prompts)
     model = family(source, cfg.device, dtype)
-    schedule = model.schedule(cfg)
-    conds = model.encode([*{cond_key(prompt): prompt for prompt in prompts}.values(), ""], cfg)
+    run = Run(cfg, model, model.schedule(cfg), terms)
+    bring(run)  # nothing: the text encoder can be the largest part of all
+    run.conds = model.encode([*{cond_key(prompt): prompt for prompt in prompts}.values(), ""], cfg)
+    bring(run, scoring=not cfg.offload)
     model.load()
     add_lora(model, cfg)
     if cfg.checkpointing:
-        checkpoint_blocks(model.denoiser, family.checkpointed)
-        checkpoint_blocks(model.vae, family.vae_checkpointed)
-        checkpoint_cached_blocks(model.vae)
-    return Run(cfg, model, schedule, terms, conds)
+        model.recompute()
+    return run
 
 
 def announce(run: Run, asked: str):
@@ -1285,7 +1322,7 @@ def announce(run: Run, asked: str):
     cfg, schedule = run.cfg, run.schedule
     if asked == "auto":
         print(f"model: {cfg.model}, as there is {'a' if cfg.device == 'cuda' else 'no'} CUDA GPU")
-    if cfg.model == "tiny":
+    if cfg.model in TINY:
         print("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
     size = sum(p.numel() for p in lora_parameters(run.model).values()) / 1e6
     print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {size:.2f} M LoRA weights, {cfg.reward}, {cfg.out}")
@@ -1308,11 +1345,12 @@ def write_video(path: Path, video):
 def make_videos(run: Run, prompts: list[str], first=0):
     """A whole video per prompt, (B, F, 3, H, W) float32 in [0, 1]; number `first` + n has noise n."""
     cfg, model = run.cfg, run.model
+    bring(run, denoiser=True, scoring=not cfg.offload)
     draws = [generator_for(cfg.seed, "eval", first + n) for n in range(len(prompts))]
     noise = torch.stack([torch.randn(model.latent_shape(cfg), generator=g) for g in draws]).to(model.device)
-    cond = collate(run.conds, prompts)
-    uncond = cond | collate(run.conds, [""] * len(prompts))
+    cond, uncond = collate(run.conds, prompts)
     clean = rollout(model, run.schedule, noise, cond, uncond, cfg.guidance_scale, draws[0])[-1]
+    bring(run, denoiser=not cfg.offload, scoring=True)
     # a VAE that compresses time decodes frame after frame by itself, and best in one go
     size = cfg.decode_chunk if model.time == 1 else clean.shape[2]
     chunks = torch.arange(clean.shape[2]).split(size)
@@ -1384,7 +1422,7 @@ def write_page(out: Path, cfg: Config, base: dict, tuned: dict, folders: list[Pa
     body = f"""<!doctype html><meta charset="utf-8"><title>vader: {html.escape(cfg.reward)}</title>
 <style>body{{font:15px sans-serif;max-width:46em;margin:2em auto}}video{{width:48%;margin-right:1%}}</style>
 <h1>{html.escape(cfg.reward)} on {html.escape(cfg.model)}</h1>
-<p>{toy if cfg.model == "tiny" else ""}Reward: {summary(base["reward"], tuned["reward"])}</p>
+<p>{toy if cfg.model in TINY else ""}Reward: {summary(base["reward"], tuned["reward"])}</p>
 {curve(rows) if rows else ""}
 <h2>base | tuned</h2>
 {"".join(pairs)}"""
@@ -1403,16 +1441,18 @@ def micro_batch(run: Run, prompts: list[str], step: int, batch: int, scaler):
     generator = generator_for(cfg.seed, step, batch)
     noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=generator).to(model.device)
     picks, trained = pick_frames(cfg, run.terms, generator, model.time), trained_steps(cfg, generator)
-    cond = collate(run.conds, prompts)
-    uncond = cond | collate(run.conds, [""] * len(prompts))  # an image is given to both branches, if at all
+    cond, uncond = collate(run.conds, prompts)
+    bring(run, denoiser=True, scoring=not cfg.offload)
     # half precision has no room for the LoRA's small changes, so there it stays beside the base weights
     with merged(model) if cfg.dtype == "fp32" else contextlib.nullcontext():
         latents = rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale, generator)
     x, target = latents[-1], cfg.reward_target
-    rewards, g = score(model, run.terms, x, prompts, picks, cfg.decode_chunk, target, scaler.scale)
+    bring(run, denoiser=not cfg.offload, scoring=True)
+    found, g = score(model, run.terms, x, prompts, picks, cfg.decode_chunk, target, scaler.scale)
+    bring(run, denoiser=True, scoring=not cfg.offload)
     kl_weight = cfg.kl_weight / cfg.grad_accum * scaler.get_scale()
     g = g / cfg.grad_accum
-    return rewards, walk_back(model, schedule, latents, g, cond, uncond, trained, cfg, kl_weight)
+    return found, walk_back(model, schedule, latents, g, cond, uncond, trained, cfg, kl_weight)
 
 
 def average_gradients(parameters: list):
@@ -1446,16 +1486,15 @@ def update(run: Run, prompts: list[str], step: int, rank: int, world: int, optim
 
     A gradient that is not finite changes nothing. Returns the row for metrics.jsonl.
     """
-    cfg, start, kl = run.cfg, time.time(), 0.0
+    cfg, start, moving, kl, found = run.cfg, time.time(), run.moving, 0.0, {}
     parameters = list(lora_parameters(run.model).values())
-    rewards = {}
     optimizer.zero_grad()
     for m in range(cfg.grad_accum):
         batch = (step * cfg.grad_accum + m) * world + rank
         values, change = micro_batch(run, batch_prompts(prompts, cfg, batch), step, batch, scaler)
         kl += change / cfg.grad_accum
         for name, value in values.items():
-            rewards.setdefault(name, []).extend(value.tolist())
+            found.setdefault(name, []).extend(value.tolist())
     if world > 1:
         average_gradients(parameters)
     scaler.unscale_(optimizer)
@@ -1464,8 +1503,9 @@ def update(run: Run, prompts: list[str], step: int, rank: int, world: int, optim
         scaler.step(optimizer)
     scaler.update()
     memory = torch.cuda.max_memory_reserved() if cfg.device == "cuda" else psutil.Process().memory_info().rss
-    row = {"step": step + 1} | {name: float(np.mean(values)) for name, values in rewards.items()}
-    return row | {"grad_norm": norm, "kl": kl, "seconds": time.time() - start, "memory_gb": memory / 1e9}
+    row = {"step": step + 1} | {name: float(np.mean(values)) for name, values in found.items()}
+    row |= {"grad_norm": norm, "kl": kl, "seconds": time.time() - start, "memory_gb": memory / 1e9}
+    return row | ({"offload_seconds": run.moving - moving} if cfg.offload else {})
 
 
 @contextlib.contextmanager
@@ -1560,8 +1600,8 @@ def train(cfg: Config, reward=None) -> list[dict]:
                 state["lora"] = {name: p.detach() for name, p in weights.items()}
                 state["optimizer"] = optimizer.state_dict()
                 write_atomically(out / "checkpoint" / "state.pt", functools.partial(torch.save, state))
-            shown = ("reward", "grad_norm", "seconds", "memory_gb")
-            bar.set_postfix({name: f"{row[name]:.3g}" for name in shown}, refresh=False)
+            shown = ("reward", "grad_norm", "seconds", "offload_seconds", "memory_gb")
+            bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row}, refresh=False)
             bar.update()
             if stop and main_rank:
                 with swapped(model, ema):
@@ -1619,14 +1659,23 @@ def compare(cfg: Config):
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of all storages alive that were made inside, and their peak."""
+    """Counts the bytes of all storages alive that were made inside, except on the host, and their peak."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.now, self.peak = {}, 0, 0
+        self.alive, self.hosted, self.now, self.peak = {}, set(), 0, 0
 
     def free(self, key):
-        self.now -= self.alive.pop(key)
+        size = self.alive.pop(key)
+        self.now -= 0 if key in self.hosted else size
+        self.hosted.discard(key)
+
+    def move(self, tensor, to_host: bool):
+        key = tensor.untyped_storage()._cdata
+        if key in self.alive and to_host != (key in self.hosted):
+            self.now += -self.alive[key] if to_host else self.alive[key]
+            (self.hosted.add if to_host else self.hosted.discard)(key)
+            self.peak = max(self.peak, self.now)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
@@ -1649,7 +1698,7 @@ class LiveStorages(TorchDispatchMode):
 
 
 @contextlib.contextmanager
-def without_weights():
+def without_weights(memory: LiveStorages):
     """Inside, networks are built from their config files alone, and a tokenizer gives its greatest length."""
 
     def network(cls, folder, subfolder="", dtype=torch.float32, **_):
@@ -1658,10 +1707,13 @@ def without_weights():
         torch.set_default_dtype(dtype)
         try:
             if issubclass(cls, diffusers.ModelMixin):
-                return cls.from_config(json.loads((folder / "config.json").read_text()))
-            return cls._from_config(cls.config_class.from_pretrained(folder), dtype=dtype)
+                built = cls.from_config(json.loads((folder / "config.json").read_text()))
+            else:
+                built = cls._from_config(cls.config_class.from_pretrained(folder), dtype=dtype)
+                built.tie_weights()
         finally:
             torch.set_default_dtype(before)
+        return built.to(HOST)  # where weights are read from files
 
     def to(self, *args, **_):
         # tensors without content can't be exchanged in place, as Module.to does
@@ -1673,31 +1725,42 @@ def without_weights():
             for name, b in module._buffers.items():
                 if dtype and b is not None and b.is_floating_point():
                     module._buffers[name] = b.to(dtype)
+        for tensor in (*self.parameters(), *self.buffers()):
+            memory.move(tensor, HOST in args)
         return self
 
     def tokenizer(cls, folder, **_):
         file = Path(folder) / "text_encoder" / "config.json"
         config = json.loads(file.read_text()) if file.exists() else {}
-        return functools.partial(tokens, max_length=config.get("max_position_embeddings", 77))
+        return functools.partial(tokens, longest=config.get("max_position_embeddings", 77))
 
     def clip_tokenizer(name):
         file = Path(name.removeprefix("local-dir:")) / "open_clip_config.json"
         length = json.loads(file.read_text())["model_cfg"]["text_cfg"]["context_length"]
         return lambda text: tokens(text, length).input_ids
 
-    def tokens(text, max_length, **_):
-        ids = torch.zeros(1, max_length, dtype=torch.long)
+    def tokens(text, longest, max_length=None, **_):
+        ids = torch.zeros(1, max_length or longest, dtype=torch.long)
         return transformers.BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
-    def real_masks(*args):
-        with unset_fake_temporarily():
-            return masks(*args)
+    def real(function):
+        def call(*args):
+            with unset_fake_temporarily():
+                return function(*args)
+
+        return call
+
+    def jepa_tokens(self, hidden_states, context_mask, target_mask, mask_index=1):
+        # the library's own reads the greatest number of a mask
+        target = self.mask_tokens[0].expand(len(hidden_states), target_mask[0].shape[1], -1)
+        embedded = torch.cat([self.predictor_embeddings(hidden_states), target], dim=1)
+        return embedded, torch.cat([*context_mask, *target_mask], dim=1)
 
     def checkpointed(network, device, dtype, blocks=()):
         checkpoint_blocks(network, blocks)
         return frozen(network, device, dtype)
 
-    masks, frozen = rewards.jepa_masks, rewards.frozen
+    frozen, jepa = rewards.frozen, transformers.models.vjepa2.modeling_vjepa2.VJEPA2PredictorEmbeddings
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (diffusers.ModelMixin, "from_pretrained", classmethod(network)),
@@ -1705,7 +1768,8 @@ def without_weights():
             (transformers.PreTrainedTokenizerBase, "from_pretrained", classmethod(tokenizer)),
             (transformers.AutoTokenizer, "from_pretrained", classmethod(tokenizer)),
             (rewards.open_clip, "get_tokenizer", clip_tokenizer),
-            (rewards, "jepa_masks", real_masks),
+            (rewards, "jepa_masks", real(rewards.jepa_masks)),
+            (jepa, "forward", jepa_tokens),
             (rewards, "frozen", checkpointed),
             (torch, "load", lambda *_, **__: {"state_dict": {}}),
             (torch.nn.Module, "to", to),
@@ -1714,61 +1778,64 @@ def without_weights():
             (rewards, "hf_hub_download", lambda *names: "/".join(names)),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
+        for name, value in (("HOST", "host"), ("pick_frames", real(pick_frames))):
+            stack.enter_context(mock.patch.dict(globals(), {name: value}))
         yield
 
 
-def plan(cfg: Config) -> int:
-    """--plan: count the live storages of one update of tensors without content. Prints gigabytes by phase.
+def predict(cfg: Config) -> dict[str, float]:
+    """The peak of each phase of one update in GB, from configs alone: its live storages, without content.
 
     Counts what PyTorch's allocator is asked for, in bf16 (or --dtype); not its rounding, nor CUDA's own.
-    Returns 1 if that is more than --vram, else 0.
+    Raises BadInput when there is no config of the model.
     """
     chosen = dict(device="cpu", checkpointing=True, dtype="bf16" if cfg.dtype == "auto" else cfg.dtype)
-    cfg, source, family = resolve(dataclasses.replace(cfg, **chosen))
-    followed, here = "vjepa" not in cfg.reward, Path(source).is_dir()
-    need(followed, "--plan can't follow vjepa, whose predictor reads its masks' numbers: plan with hps")
-    need(here, f"--plan has no configs of {cfg.model}: give one of the README, or a folder")
-    dtype = DTYPES[cfg.dtype]
-    weights = cfg.reward_weights or str(CONFIGS / "rewards")
-    prompts = [Prompt("a prompt")] * cfg.batch_size
-    prompts[0].image = str(HERE / "tiny" / "photo-cat.jpg") if family.images == "must" else None
-    model = family(source, "cpu", dtype)
-    schedule, found = model.schedule(cfg), {}
+    cfg, source, family = resolve(dataclasses.replace(cfg, plan=True, **chosen))
+    need(Path(source).is_dir(), f"--plan has no configs of {cfg.model}: give one of the README, or a folder")
+    cfg = dataclasses.replace(cfg, reward_weights=cfg.reward_weights or str(CONFIGS / "rewards"))
+    prompts = [Prompt(f"prompt {n}") for n in range(cfg.batch_size)]
+    for prompt in prompts if family.images == "must" else ():
+        prompt.image = str(HERE / "tiny" / "photo-cat.jpg")
     # one step, the last, is enough; numbers, as tensors without content have none
+    schedule = family(source, "cpu", DTYPES[cfg.dtype]).schedule(cfg)
     tables = {name: getattr(schedule, name)[-1:].tolist() for name in "abcpqs"}
     schedule = dataclasses.replace(schedule, t=schedule.t[-1:], **tables)
-    with without_weights(), FakeTensorMode(allow_non_fake_inputs=True), LiveStorages() as memory:
-        terms = make_terms(cfg.reward, "cpu", dtype, weights)
-        found["reward"] = memory.phase()
-        conds = model.encode([prompts[0], ""], cfg)
-        found["encoding prompts"] = memory.phase()
-        model.load()
-        add_lora(model, cfg)
-        checkpoint_blocks(model.denoiser, family.checkpointed)
-        checkpoint_blocks(model.vae, family.vae_checkpointed)
-        checkpoint_cached_blocks(model.vae)
-        optimizer = make_optimizer(cfg, list(lora_parameters(model).values()))
+    cfg = dataclasses.replace(cfg, num_inference_steps=1, backprop_steps=1, grad_steps="last")
+    names = ["", "encoding prompts", "loading", "rollout", "score", "walk back"]
+    found, load_parts = {}, bring
+
+    def mark(run, **wanted):  # a phase ends where other parts are wanted
+        found[names.pop(0)] = memory.phase()
+        load_parts(run, **wanted)
         memory.phase()
-        found["all weights"] = memory.now / 1e9
-        cond = collate(conds, prompts)
-        uncond = cond | collate(conds, [""] * len(prompts))
-        noise = torch.randn(len(prompts), *model.latent_shape(cfg))
-        latents = rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
-        found["rollout"] = memory.phase()
-        with unset_fake_temporarily():
-            picks = pick_frames(cfg, terms, generator_for(cfg.seed), model.time)
-        _, g = score(model, terms, latents[-1], prompts, picks, cfg.decode_chunk)
-        found["score"] = memory.phase()
-        walk_back(model, schedule, latents, g, cond, uncond, [0], cfg)
-        found["walk back"] = memory.phase()
-        optimizer.step()
-        found["optimiser"] = memory.phase()
+
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveStorages() as memory, without_weights(memory):
+        with (
+            mock.patch.dict(globals(), bring=mark),
+            mock.patch.object(family, "schedule", lambda *_: schedule),
+        ):
+            run = load_run(cfg, source, family, prompts)
+            optimizer = make_optimizer(cfg, list(lora_parameters(run.model).values()))
+            found["all weights"] = memory.now / 1e9
+            micro_batch(run, prompts, 0, 0, torch.amp.GradScaler("cpu", enabled=False))
+            found[names.pop(0)] = memory.phase()
+            optimizer.step()
+            found["optimiser"] = memory.phase()
+    del found[""]
+    return found
+
+
+def plan(cfg: Config) -> int:
+    """--plan: print `predict`'s gigabytes by phase. Returns 1 if that is more than --vram, else 0."""
+    found = predict(cfg)
     for name, size in found.items():
         print(f"{name:18}{size:6.2f} GB")
     peak = max(found.values())
     print(f"{'peak':18}{peak:6.2f} GB predicted; CUDA itself takes about 0.5 more")
     if cfg.vram and peak > cfg.vram:
-        print(f"more than {cfg.vram:g}: lower --batch_size, --num_frames, --height and --width, --lora_rank")
+        lower = [] if cfg.offload else ["add --offload"]
+        lower += ["lower --batch_size, --num_frames, --height and --width, --lora_rank"]
+        print(f"more than {cfg.vram:g}: {', then '.join(lower)}")
         return 1
     return 0
 
