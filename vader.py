@@ -114,7 +114,7 @@ class Config:
 
     # what to do
     reward: str = "aesthetic"  # a reward of rewards.py or a weighted sum, "aesthetic + 0.5*colorful"
-    prompts: str = "prompts.txt"  # text file, one prompt a line; blank lines and lines with # are skipped
+    prompts: str = "prompts.txt"  # a text file, one a line (not lines with #), or .jsonl with an image each
     model: str = "auto"  # auto (modelscope on a CUDA GPU, else tiny), a name of PRESETS, a hub id, a folder
     mode: Literal["train", "sample", "eval"] = "train"  # sample writes videos, eval scores base and tuned
     lora: str | None = None  # folder of a trained LoRA: for sample and eval, or where train starts from
@@ -125,8 +125,8 @@ class Config:
     vram: Positive | None = None  # with --plan: gigabytes there are; exit code 1 when they do not suffice
     # the video and its sampler
     num_frames: Count | None = None  # frames of a video
-    height: Count | None = None  # pixels, a multiple of 8
-    width: Count | None = None  # pixels, a multiple of 8
+    height: Count | None = None  # pixels, a multiple of 8, 16 or 32, as the model's
+    width: Count | None = None  # pixels, likewise
     num_inference_steps: Annotated[int, (1, 1000)] | None = None  # denoising steps; cost time, not memory
     guidance_scale: Annotated[float, (1, math.inf)] | None = None  # classifier-free; 1 is off, half the time
     eta: Share = 0.0  # share of noise added at each DDIM step; 0 is deterministic
@@ -596,9 +596,8 @@ class AnimateDiff(TextToVideoUNet):
         if read_config(self.source, "unet/config.json")["_class_name"] == "UNetMotionModel":
             return super().load_denoiser()
         unet = diffusers.UNet2DConditionModel.from_pretrained(self.source, subfolder="unet", dtype=self.dtype)
-        return diffusers.UNetMotionModel.from_unet2d(
-            unet, diffusers.MotionAdapter.from_pretrained(self.motion)
-        ).to(self.dtype)
+        adapter = diffusers.MotionAdapter.from_pretrained(self.motion)
+        return diffusers.UNetMotionModel.from_unet2d(unet, adapter).to(self.dtype)
 
     def denoise(self, x, t, cond):
         text = cond["encoder_hidden_states"].repeat_interleave(x.shape[2], dim=0)  # every frame has its own
@@ -685,8 +684,7 @@ class Wan(TextToVideoUNet):
     vae_checkpointed = ()  # its blocks keep a cache: see `recompute`
     multiple, frame_multiple, scale, time = 16, 4, 8, 4
     stochastic = False
-    # frames are exact; their gradient reaches the picked latent frame and this many before it, no others
-    context = 0
+    # frames are exact; their gradient reaches the picked latent frames, not those before them
 
     def schedule(self, cfg):
         config = read_config(self.source, "scheduler/scheduler_config.json")
@@ -726,7 +724,7 @@ class Wan(TextToVideoUNet):
         hidden = self.vae.post_quant_conv((latents * std + mean).to(self.dtype))
         cache, parts = [None] * self.convolutions, []
         for i in range(hidden.shape[2]):
-            with torch.set_grad_enabled(graph and i >= first - self.context):
+            with torch.set_grad_enabled(graph and i >= first):
                 piece = hidden[:, :, i : i + 1]
                 frames = self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
             parts += [frames] if i >= first else []
@@ -743,8 +741,7 @@ class CogVideoX(TextToVideoUNet):
     vae_checkpointed = ("CogVideoXResnetBlock3D", "CogVideoXUpsample3D", "CogVideoXSpatialNorm3D")
     multiple, frame_multiple, scale, time = 16, 8, 8, 4
     stochastic = False
-    # frames are exact; their gradient reaches the chunk of a picked latent frame and this many before it
-    context = 0
+    # frames are exact; their gradient reaches the chunks of picked latent frames, not those before them
 
     @classmethod
     def skeleton(cls, source):
@@ -798,8 +795,7 @@ class CogVideoX(TextToVideoUNet):
         picked = [n for n, chunk in enumerate(chunks) if set(chunk) & set(picks)]
         parts, cache, graph = [], None, torch.is_grad_enabled()
         for n, chunk in enumerate(chunks[: picked[-1] + 1]):
-            near = any(n <= later <= n + self.context for later in picked)
-            with torch.set_grad_enabled(graph and near):
+            with torch.set_grad_enabled(graph and n in picked):
                 piece = hidden[:, :, chunk.start : chunk.stop]
                 video, cache = self.vae.decoder(piece, conv_cache=cache)
             split = video.split([self.time if i else 1 for i in chunk], dim=2)
@@ -822,10 +818,8 @@ class LTX(TextToVideoUNet):
 
     def schedule(self, cfg):
         config = read_config(self.source, "scheduler/scheduler_config.json")
-        need(
-            not config.get("stochastic_sampling"),
-            "this scheduler draws noise: set stochastic_sampling to false",
-        )
+        draws = config.get("stochastic_sampling")
+        need(not draws, "this scheduler draws noise: set stochastic_sampling to false")
         need(cfg.num_inference_steps > 1, "--num_inference_steps must be 2 or more for this model")
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
         known = scheduler.config
@@ -844,9 +838,8 @@ class LTX(TextToVideoUNet):
             conds[key] = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
         starts = [prompt for prompt in prompts if getattr(prompt, "image", None)]
         if starts:
-            vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=self.dtype).to(
-                self.device
-            )
+            vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
+            vae.to(self.device)
             mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
         for prompt in starts:
             picture = read_image(prompt.image, cfg.height, cfg.width)[None, :, None] * 2 - 1
@@ -879,15 +872,14 @@ class LTX(TextToVideoUNet):
 
     def decode(self, latents, picks):
         """As above. This VAE looks both ways in time and is cheap: it decodes all for any picks."""
-        mean, std = (
-            v.view(-1, 1, 1, 1).to(self.device) for v in (self.vae.latents_mean, self.vae.latents_std)
-        )
-        hidden, timestep = latents * std / self.vae.config.scaling_factor + mean, None
-        if self.vae.config.timestep_conditioning:
+        vae, timestep = self.vae, None
+        mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
+        hidden = latents * std / vae.config.scaling_factor + mean
+        if vae.config.timestep_conditioning:
             noise = torch.randn(hidden.shape, generator=generator_for("decode noise")).to(self.device)
             hidden = torch.lerp(hidden, noise, self.decode_noise_scale)
             timestep = torch.full((len(hidden),), self.decode_timestep).to(self.device, self.dtype)
-        video = self.vae.decode(hidden.to(self.dtype), timestep, return_dict=False)[0].transpose(1, 2).float()
+        video = vae.decode(hidden.to(self.dtype), timestep, return_dict=False)[0].transpose(1, 2).float()
         split = video.split([1] + [self.time] * (latents.shape[2] - 1), dim=1)
         return straight_through_clamp(torch.cat([split[n] for n in picks], dim=1) / 2 + 0.5)
 

@@ -30,6 +30,7 @@ import itertools
 import json
 import math
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -51,6 +52,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import nn
@@ -1570,6 +1572,59 @@ def save_wan(out: Path):
     pipeline.save_pretrained(folder)
 
 
+# ---- 8. Pictures to start from, and scores of these two ----------------------------------------------------
+
+
+def draw_images(out: Path, n: int, seed: int):
+    """images.jsonl and images/: first frames of n drawn clips, every tenth of a held-out caption."""
+    generator = torch.Generator().manual_seed(seed + 90)
+    rows = []
+    (out / "images").mkdir(exist_ok=True)
+    for number in range(1, n + 1):
+        combination = pick(SEEN if number % 10 else UNSEEN, 1, generator)
+        video, _, _ = draw(combination, generator)
+        name = f"images/{number:02d}.png"
+        save_picture(video[0, 0], out / name)
+        rows.append(json.dumps({"prompt": caption(combination[0]), "image": name}))
+    (out / "images.jsonl").write_text("\n".join(rows) + "\n")
+
+
+def save_picture(picture, file: Path):
+    """picture: (3, H, W) in [0, 1]."""
+    Image.fromarray((picture * 255).round().byte().permute(1, 2, 0).numpy()).save(file)
+
+
+@torch.no_grad()
+def measure_others(out: Path, samples: int, seed: int):
+    """Print what tiny-i2v and tiny-wan in `out` score, on held-out captions and drawn pictures of them."""
+    import vader
+
+    generator = torch.Generator().manual_seed(seed + 91)
+    detector = Detector()
+    detector.load_state_dict({k: v.float() for k, v in load_file(out / "detector.safetensors").items()})
+    combinations = pick(UNSEEN, samples, generator)
+    video, _, _ = draw(combinations, generator)
+    for name in ("i2v", "wan"):
+        prompts = [vader.Prompt(caption(c)) for c in combinations]
+        with tempfile.TemporaryDirectory() as folder:
+            for n, prompt in enumerate(prompts if name == "i2v" else ()):
+                prompt.image = f"{folder}/{n}.png"
+                save_picture(video[n, 0], Path(prompt.image))
+            cfg = vader.Config(model=f"tiny-{name}", reward="colorful")
+            cfg, _, family = vader.resolve(cfg)
+            run = vader.load_run(cfg, str(out / name), family, prompts)
+            made = torch.cat([vader.make_videos(run, prompts[i : i + 8], i) for i in trange(0, samples, 8)])
+        moments = torch.linspace(0, cfg.num_frames - 1, FRAMES).round().long()
+        print(
+            f"tiny-{name}, {cfg.num_inference_steps} steps, guidance {cfg.guidance_scale}, {samples} videos:"
+        )
+        print(right_answers(detector, made[:, moments], combinations))
+        if name == "i2v":
+            print(f"first frame's difference from the image {(made[:, 0] - video[:, 0]).abs().mean():.4f}")
+            print(f"whole video's from the drawn one {(made - video).abs().mean():.4f}; a still one's is")
+            print(f"{(video[:, :1] - video).abs().mean():.4f}")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--score", action="store_true", help="measure instead of training")
@@ -1593,8 +1648,17 @@ def main():
         train_action(out, pool, 5000, seed)
         for leg in range(3):
             train_vjepa(out, pool, 4300, seed + leg)
+        train_i2v_unet(out, 3200, 5008, seed)
+        train_i2v_vae(out, 1600, seed)
+        save_i2v(out)
+        train_wan_vae(out, 1700, seed)
+        train_wan_text(out, 600, seed)
+        train_wan(out, 2800, 5000, seed)
+        save_wan(out)
+        draw_images(out, 60, seed)
     measure(out, args.samples, seed)
     measure_rewards(out, seed)
+    measure_others(out, args.samples // 2, seed)
 
 
 if __name__ == "__main__":
