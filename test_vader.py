@@ -501,6 +501,7 @@ def other(request, checkpoints, tmp_path, monkeypatch):
     side = 2 if name in ("ltx", "ltx-image") else 1
     size |= dict(num_frames=frames, height=32 * side, width=48 * side)
     run = dict(steps=1, eval_videos=2, grad_accum=1, lora_rank=4, backprop_steps=2, out=str(tmp_path / "run"))
+    run |= dict(grad_steps="last")
     cfg = Config(model=str(folder), **size, **run, reward="colorful", prompts=str(tmp_path / "prompts.jsonl"))
     for n, photo in enumerate(["cat", "rocket"]):
         shutil.copy(HERE / "tiny" / f"photo-{photo}.jpg", tmp_path / f"{n}.jpg")
@@ -615,7 +616,7 @@ def test_other_families_walk_back_equals_plain_autograd(other):
     picks = [0, 1]
     latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
     _, g = vader.score(model, terms, latents[-1], prompts, picks, chunk=2)
-    vader.walk_back(model, schedule, latents, g, cond, uncond, vader.trained_steps(cfg, None), cfg)
+    vader.walk_back(model, schedule, latents, g, cond, uncond, vader.trained_steps(cfg, None, schedule), cfg)
     ours = gradients(model)
     clear(model)
     theirs = autograd_gradient(
@@ -651,6 +652,22 @@ def test_other_families_lora_loads_in_stock_diffusers(other, tmp_path):
     theirs = other_stock_frames(pipe, cfg, prompts, noise)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
     assert (without - theirs).abs().max() > 0.01
+
+
+def test_tiny_i2v_starts_from_the_image_as_its_stock_pipeline_does():
+    prompts = vader.read_prompts(str(HERE / "tiny" / "images.jsonl"))
+    assert len(prompts) >= 40 and len({prompt.image for prompt in prompts}) == len(prompts)
+    _, cfg, model, schedule, conds, _ = load(
+        Config(model="tiny-i2v", reward="colorful"), randomise=False, prompts=prompts[:2]
+    )
+    _, noise, cond, uncond = batch(cfg, model, conds, prompts=prompts[:2])
+    ours = whole_video(model, vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)[-1])
+    folder = dataclasses.replace(cfg, model=str(HERE / "tiny" / "i2v"))
+    theirs = other_stock_frames(stock_pipeline("svd", folder), cfg, prompts[:2], noise)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4)
+    starts = torch.stack([vader.read_image(prompt.image) for prompt in prompts[:2]])
+    assert (ours[:, 0] - starts).abs().mean() < 0.03
+    assert (ours[:, 7] - starts).abs().mean() > 2 * (ours[:, 0] - starts).abs().mean()  # and then it moves
 
 
 def test_cogvideox_decodes_large_frames_in_tiles(checkpoints, tmp_path):
@@ -799,7 +816,7 @@ def test_walk_back_equals_plain_autograd(settings, K, coupling, kind, chunk):
     frames = list(range(5))
     latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
     _, g = vader.score(model, terms, latents[-1], prompts, frames, chunk)
-    trained = vader.trained_steps(cfg, None)
+    trained = vader.trained_steps(cfg, None, schedule)
     vader.walk_back(model, schedule, latents, g, cond, uncond, trained, cfg)
     ours = gradients(model)
     clear(model)
@@ -864,13 +881,24 @@ def test_terms_add_up_and_bad_rewards_are_named(settings):
 
 def test_which_steps_train():
     cfg = Config(backprop_steps=3, num_inference_steps=9)
-    assert vader.trained_steps(cfg, None) == [6, 7, 8]
-    assert vader.trained_steps(dataclasses.replace(cfg, grad_steps="spread"), None) == [0, 4, 8]
-    random = {
-        tuple(vader.trained_steps(dataclasses.replace(cfg, grad_steps="random"), vader.generator_for(n)))
-        for n in range(9)
-    }
+    schedule = vader.flow_schedule(torch.tensor([1.0, 0.9, 0.6, 0.58, 0.5, 0.3, 0.28, 0.2, 0.08, 0.0]))
+
+    def trained(kind, generator=None):
+        return vader.trained_steps(dataclasses.replace(cfg, grad_steps=kind), generator, schedule)
+
+    assert trained("last") == [6, 7, 8] and trained("spread") == [0, 4, 8]
+    assert trained("strongest") == [1, 4, 7]  # the steps of 0.3, 0.2 and 0.12
+    random = {tuple(trained("random", vader.generator_for(n))) for n in range(9)}
     assert len(random) > 1 and all(len(set(steps)) == 3 for steps in random)
+
+
+def test_svd_trains_steps_that_move_the_video(checkpoints):
+    cfg, source, family = vader.resolve(
+        Config(model=str(checkpoints("svd")), prompts="x", height=32, width=32)
+    )
+    schedule = family(source, "cpu", torch.float32).schedule(cfg)
+    (step,) = vader.trained_steps(cfg, None, schedule)
+    assert schedule.leverage(step) > 0.2 and schedule.leverage(len(schedule) - 1) < 0.01
 
 
 def peak_of_an_update(cfg):

@@ -133,7 +133,7 @@ class Config:
     timestep_spacing: Literal["trailing", "leading", "linspace"] = "trailing"  # leading: hardly any leverage
     # the gradient
     backprop_steps: Count = 1  # K, denoising steps that get a gradient; costs time, not memory
-    grad_steps: Literal["last", "spread", "random"] = "last"  # which K: DRaFT-K, DRTune, at random
+    grad_steps: Literal["last", "spread", "random", "strongest"] | None = None  # default last; svd strongest
     coupling: Share = 1.0  # share of the gradient through a step's input; 1 is exact, K = 1 ignores it
     detach_uncond: bool = False  # no gradient through the unconditional branch; half the walk back's time
     decode_frames: Count | None = None  # frames decoded and scored per update; default what the reward wants
@@ -173,7 +173,6 @@ SD15, SVD = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-v
 PRESETS = {
     "tiny": (str(HERE / "tiny" / "t2v"), 8, 64, 64, 10, 4.0, 50, 25, 1e-3, 2, 1, 8),
     "tiny-i2v": (str(HERE / "tiny" / "i2v"), 8, 64, 64, 10, 2.0, 50, 25, 1e-3, 2, 1, 8),
-    "tiny-wan": (str(HERE / "tiny" / "wan"), 9, 64, 64, 10, 4.0, 50, 25, 1e-3, 2, 1, 8),
     "modelscope": ("ali-vilab/text-to-video-ms-1.7b", 16, 256, 256, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
     "zeroscope": ("cerspense/zeroscope_v2_576w", 24, 320, 576, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
     "animatediff": (SD15, 16, 512, 512, 25, 7.5, 200, 50, 2e-4, 1, 4, 16),
@@ -182,7 +181,7 @@ PRESETS = {
     "ltx": ("Lightricks/LTX-Video", 49, 512, 704, 30, 3.0, 200, 50, 1e-4, 1, 4, 16),
     "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 81, 480, 832, 30, 5.0, 200, 50, 1e-4, 1, 4, 16),
 }
-TINY = ("tiny", "tiny-i2v", "tiny-wan")  # in this repository, with toy rewards
+TINY = ("tiny", "tiny-i2v")  # in this repository, with toy rewards
 
 
 def need(ok, message: str):
@@ -278,7 +277,7 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     label = getattr(reward, "__name__", "custom") if reward else cfg.reward
     label = re.sub(r"[^\w.]+", "-", f"{label}-{Path(model).name if '/' in model else model}").strip("-")
     preset["out"] = f"runs/{label}" if cfg.mode == "train" else f"runs/{cfg.mode}-{label}"
-    preset["checkpointing"] = device == "cuda"
+    preset["checkpointing"], preset["grad_steps"] = device == "cuda", family.grad_steps
     preset["lora_alpha"] = cfg.lora_rank or preset["lora_rank"]
     preset["reward_weights"] = str(HERE / "tiny" / "rewards") if model in TINY else None
     unset = {name: value for name, value in preset.items() if getattr(cfg, name) in (None, "auto")}
@@ -309,7 +308,7 @@ def check_fields(cfg: Config):
     for field in dataclasses.fields(Config):
         value = getattr(cfg, field.name)
         _, choices, limits = field_type(field.name)
-        if choices and value not in choices:
+        if choices and value not in (None, *choices):
             raise BadInput(f"--{field.name} {value}: did you mean {nearest(value, choices)!r}?")
         if limits and value is not None and not limits[0] <= value <= limits[1]:
             raise BadInput(f"--{field.name} {value}: must be from {limits[0]:g} to {limits[1]:g}")
@@ -499,6 +498,7 @@ class TextToVideoUNet:
     multiple, frame_multiple = 8, 1  # of height and width; of the number of frames less one
     scale, time = 8, 1  # pixels in a latent pixel, frames in a latent frame (but the first, which holds one)
     stochastic = True  # the sampler takes --eta
+    grad_steps = "last"  # the default of that setting
     images = "no"  # is the video made from an image: no, may, must
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
@@ -614,6 +614,7 @@ class StableVideoDiffusion(TextToVideoUNet):
     checkpointed += ("BasicTransformerBlock", "TemporalBasicTransformerBlock")  # within: 4.7 GB less
     vae_checkpointed = ("SpatioTemporalResBlock",)
     stochastic, images = False, "must"
+    grad_steps = "strongest"  # the last of 25 steps has a leverage of 0.002, the strongest 0.29
     # the model's own defaults: frames per second less one, how much moves, noise on the image
     time_ids = (6.0, 127.0, 0.02)
 
@@ -1030,11 +1031,13 @@ def score(model, terms: dict, x, prompts: list[str], picks: list[int], chunk=1, 
     return found, x.grad
 
 
-def trained_steps(cfg: Config, generator) -> list[int]:
-    """Which K of the T sampling steps get a gradient."""
+def trained_steps(cfg: Config, generator, schedule: Schedule) -> list[int]:
+    """Which K of the T sampling steps train: last (DRaFT-K), spread (DRTune), random, of most leverage."""
     K, T = cfg.backprop_steps, cfg.num_inference_steps
     if cfg.grad_steps == "random":
         return sorted(torch.randperm(T, generator=generator)[:K].tolist())
+    if cfg.grad_steps == "strongest":
+        return sorted(sorted(range(T), key=schedule.leverage)[-K:])
     if cfg.grad_steps == "spread" and K > 1:
         return torch.linspace(0, T - 1, K).round().long().tolist()
     return list(range(T - K, T))
@@ -1318,10 +1321,11 @@ def announce(run: Run, asked: str):
         print("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
     size = sum(p.numel() for p in lora_parameters(run.model).values()) / 1e6
     print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {size:.2f} M LoRA weights, {cfg.reward}, {cfg.out}")
-    leverage = {i: schedule.leverage(i) for i in trained_steps(cfg, generator_for(cfg.seed))}
+    leverage = {i: schedule.leverage(i) for i in trained_steps(cfg, generator_for(cfg.seed), schedule)}
     print(f"leverage of the trained steps of {len(schedule)}:", {i: round(v, 3) for i, v in leverage.items()})
     if max(leverage.values()) < 0.05:
-        print("warning: leverage under 0.05, training hardly moves the video: --timestep_spacing trailing")
+        fix = "--timestep_spacing trailing or --grad_steps strongest"
+        print(f"warning: leverage under 0.05, training hardly moves the video: {fix}")
 
 
 def write_video(path: Path, video):
@@ -1432,7 +1436,8 @@ def micro_batch(run: Run, prompts: list[str], step: int, batch: int, scaler):
     cfg, model, schedule = run.cfg, run.model, run.schedule
     generator = generator_for(cfg.seed, step, batch)
     noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=generator).to(model.device)
-    picks, trained = pick_frames(cfg, run.terms, generator, model.time), trained_steps(cfg, generator)
+    picks = pick_frames(cfg, run.terms, generator, model.time)
+    trained = trained_steps(cfg, generator, schedule)
     cond, uncond = collate(run.conds, prompts)
     bring(run, denoiser=True, scoring=not cfg.offload)
     # half precision has no room for the LoRA's small changes, so there it stays beside the base weights

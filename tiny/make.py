@@ -1147,14 +1147,15 @@ def train_action(out: Path, pool, updates: int, seed: int):
     network.half().save_pretrained(out / "rewards" / "action")
 
 
-def train_vjepa(out: Path, pool, updates: int, seed: int):
-    """V-JEPA 2 by its masked loss on dull clips, with targets from a moving average of the encoder.
+def train_vjepa(out: Path, updates: int, seed: int):
+    """V-JEPA 2 by its masked loss on 8,192 dull clips, with targets from a moving average of the encoder.
 
-    Goes on from what is there, so that it can be trained in legs.
+    Goes on from what is there, so that it can be trained in legs, each on clips of its own.
     """
     torch.manual_seed(seed + 44)
     generator = torch.Generator().manual_seed(seed + 44)
-    video = pool[0].unflatten(0, (-1, 2, 32))[:, 1].flatten(0, 1)  # the dull ones
+    parts = [draw(pick(SEEN, 32, generator), generator)[0] for _ in trange(256, desc="drawing")]
+    video = torch.cat([(part * 255).round().byte() for part in parts])
     config = VJEPA2Config(
         crop_size=SIZE,
         patch_size=8,
@@ -1182,7 +1183,7 @@ def train_vjepa(out: Path, pool, updates: int, seed: int):
         with torch.no_grad():
             for slow, quick in zip(teacher.parameters(), model.parameters(), strict=True):
                 slow.lerp_(quick, 1 - keep)
-        rows = torch.randint(len(video), (12,), generator=generator)
+        rows = torch.randint(len(video), (16,), generator=generator)
         clips = video[rows].float() / 255
         pixels = preprocess(clips, SIZE, IMAGENET_MEAN, IMAGENET_STD).view_as(clips)
         blocks, area = [(8, 0.15), (2, 0.7)][update % 2]
@@ -1407,6 +1408,8 @@ def save_i2v(out: Path):
 
 # ---- 7. Flow matching, as Wan ------------------------------------------------------------------------------
 
+# Not part of the whole yet: after 1,700 updates the autoencoder still lost the objects' colours.
+
 WAN_FRAMES = 9  # 1 + 2 x 4: three latent frames
 
 
@@ -1595,8 +1598,8 @@ def save_picture(picture, file: Path):
 
 
 @torch.no_grad()
-def measure_others(out: Path, samples: int, seed: int):
-    """Print what tiny-i2v and tiny-wan in `out` score, on held-out captions and drawn pictures of them."""
+def measure_i2v(out: Path, samples: int, seed: int):
+    """Print what tiny-i2v in `out` scores on drawn first frames of held-out captions."""
     import vader
 
     generator = torch.Generator().manual_seed(seed + 91)
@@ -1604,25 +1607,22 @@ def measure_others(out: Path, samples: int, seed: int):
     detector.load_state_dict({k: v.float() for k, v in load_file(out / "detector.safetensors").items()})
     combinations = pick(UNSEEN, samples, generator)
     video, _, _ = draw(combinations, generator)
-    for name in ("i2v", "wan"):
-        prompts = [vader.Prompt(caption(c)) for c in combinations]
-        with tempfile.TemporaryDirectory() as folder:
-            for n, prompt in enumerate(prompts if name == "i2v" else ()):
-                prompt.image = f"{folder}/{n}.png"
-                save_picture(video[n, 0], Path(prompt.image))
-            cfg = vader.Config(model=f"tiny-{name}", reward="colorful")
-            cfg, _, family = vader.resolve(cfg)
-            run = vader.load_run(cfg, str(out / name), family, prompts)
-            made = torch.cat([vader.make_videos(run, prompts[i : i + 8], i) for i in trange(0, samples, 8)])
-        moments = torch.linspace(0, cfg.num_frames - 1, FRAMES).round().long()
-        print(
-            f"tiny-{name}, {cfg.num_inference_steps} steps, guidance {cfg.guidance_scale}, {samples} videos:"
-        )
-        print(right_answers(detector, made[:, moments], combinations))
-        if name == "i2v":
-            print(f"first frame's difference from the image {(made[:, 0] - video[:, 0]).abs().mean():.4f}")
-            print(f"whole video's from the drawn one {(made - video).abs().mean():.4f}; a still one's is")
-            print(f"{(video[:, :1] - video).abs().mean():.4f}")
+    prompts = [vader.Prompt(caption(c)) for c in combinations]
+    cfg, _, family = vader.resolve(vader.Config(model="tiny-i2v", reward="colorful"))
+    with tempfile.TemporaryDirectory() as folder:
+        for n, prompt in enumerate(prompts):
+            prompt.image = f"{folder}/{n}.png"
+            save_picture(video[n, 0], Path(prompt.image))
+        run = vader.load_run(cfg, str(out / "i2v"), family, prompts)
+    made = [vader.make_videos(run, prompts[i : i + 8], i) for i in trange(0, samples, 8, desc="samples")]
+    made = torch.cat(made)
+    print(f"tiny-i2v, {samples} videos:", right_answers(detector, made, combinations))
+    for name, one, other in (
+        ("first frame and image", made[:, 0], video[:, 0]),
+        ("video and the drawn one", made, video),
+        ("still image and the drawn video", video[:, :1], video),
+    ):
+        print(f"mean absolute difference of [0, 1], {name}: {(one - other).abs().mean():.4f}")
 
 
 def main():
@@ -1647,18 +1647,14 @@ def main():
         train_remove(out, pool, 4000, seed)
         train_action(out, pool, 5000, seed)
         for leg in range(3):
-            train_vjepa(out, pool, 4300, seed + leg)
+            train_vjepa(out, 5000, seed + leg)
         train_i2v_unet(out, 3200, 5008, seed)
         train_i2v_vae(out, 1600, seed)
         save_i2v(out)
-        train_wan_vae(out, 1700, seed)
-        train_wan_text(out, 600, seed)
-        train_wan(out, 2800, 5000, seed)
-        save_wan(out)
         draw_images(out, 60, seed)
     measure(out, args.samples, seed)
     measure_rewards(out, seed)
-    measure_others(out, args.samples // 2, seed)
+    measure_i2v(out, args.samples // 2, seed)
 
 
 if __name__ == "__main__":
