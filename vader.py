@@ -1661,6 +1661,7 @@ class LiveStorages(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.alive, self.hosted, self.now, self.peak = {}, set(), 0, 0
+        self.on_host = False  # is that where things are being made
 
     def free(self, key):
         size = self.alive.pop(key)
@@ -1682,7 +1683,8 @@ class LiveStorages(TorchDispatchMode):
                 key = storage._cdata
                 if key not in self.alive:
                     self.alive[key] = storage.nbytes()
-                    self.now += storage.nbytes()
+                    self.now += 0 if self.on_host else storage.nbytes()
+                    self.hosted.update([key] if self.on_host else [])
                     weakref.finalize(storage, self.free, key)
         self.peak = max(self.peak, self.now)
         return result
@@ -1700,17 +1702,17 @@ def without_weights(memory: LiveStorages):
 
     def network(cls, folder, subfolder="", dtype=torch.float32, **_):
         folder = Path(folder) / subfolder
-        before = torch.get_default_dtype()
+        before, memory.on_host = torch.get_default_dtype(), True  # where weights are read from files
         torch.set_default_dtype(dtype)
         try:
             if issubclass(cls, diffusers.ModelMixin):
-                built = cls.from_config(json.loads((folder / "config.json").read_text()))
-            else:
-                built = cls._from_config(cls.config_class.from_pretrained(folder), dtype=dtype)
-                built.tie_weights()
+                return cls.from_config(json.loads((folder / "config.json").read_text()))
+            built = cls._from_config(cls.config_class.from_pretrained(folder), dtype=dtype)
+            built.tie_weights()
+            return built
         finally:
             torch.set_default_dtype(before)
-        return built.to(HOST)  # where weights are read from files
+            memory.on_host = False
 
     def to(self, *args, **_):
         # tensors without content can't be exchanged in place, as Module.to does
