@@ -4,6 +4,7 @@ Where a reference exists (diffusers' schedulers and pipeline, plain autograd, th
 test is a comparison. They run on a small random model in ModelScope's layout, and on the repo's tiny model.
 """
 
+import csv
 import dataclasses
 import functools
 import json
@@ -182,6 +183,29 @@ def test_every_command_in_the_readme_parses():
     assert len(commands) >= 5
     for command in commands:
         vader.parse_args(shlex.split(command))
+
+
+def table(name: str) -> list[dict]:
+    with open(HERE / "bench" / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_tables_of_the_readme_are_the_measured_ones():
+    cells = [
+        [cell.strip(" `*") for cell in line.split("|")[1:-1]] for line in README.splitlines() if "|" in line
+    ]
+    for row in table("rewards"):
+        numbers = [row[name] for name in ("base", "tuned", "gain", "error")]
+        assert [row["reward"], *(f"{float(n):+.3f}" if n == row["gain"] else n for n in numbers)] in [
+            line[:5] for line in cells
+        ]
+    peaks = {(row["model"], row["reward"], row["offload"]): row["peak"] for row in table("memory")}
+    models = {model for model, *_ in peaks}
+    assert models == set(vader.PRESETS) - set(vader.TINY)
+    for model in models:
+        said = [f"{float(peaks[model, 'hps', offload]):.1f}" for offload in ("no", "yes")]
+        assert [model, *said] in [[line[0], *line[-2:]] for line in cells]
+        assert peaks.keys() > {(model, reward, "no") for reward in ("aesthetic", "vjepa")}
 
 
 def test_importing_or_pasting_has_no_effect():
