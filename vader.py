@@ -472,7 +472,8 @@ def encode_text(model, kind: type, prompts: list[str], length=None, masked=False
 
     kind: the encoder's class; length: in tokens, the tokenizer's own if None; masked: padding is not seen.
     """
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model.source, subfolder="tokenizer")
+    name = read_config(model.source, "model_index.json")["tokenizer"][1]
+    tokenizer = getattr(transformers, name).from_pretrained(model.source, subfolder="tokenizer")
     encoder = kind.from_pretrained(model.source, subfolder="text_encoder", dtype=model.dtype)
     encoder.to(model.device).eval()
     how, found = dict(padding="max_length", truncation=True, return_tensors="pt"), {}
@@ -1765,7 +1766,6 @@ def without_weights(memory: LiveStorages):
             (diffusers.ModelMixin, "from_pretrained", classmethod(network)),
             (transformers.PreTrainedModel, "from_pretrained", classmethod(network)),
             (transformers.PreTrainedTokenizerBase, "from_pretrained", classmethod(tokenizer)),
-            (transformers.AutoTokenizer, "from_pretrained", classmethod(tokenizer)),
             (rewards.open_clip, "get_tokenizer", clip_tokenizer),
             (rewards, "jepa_masks", real(rewards.jepa_masks)),
             (jepa, "forward", jepa_tokens),
