@@ -308,7 +308,7 @@ def check_fields(cfg: Config):
     for field in dataclasses.fields(Config):
         value = getattr(cfg, field.name)
         _, choices, limits = field_type(field.name)
-        if choices and value not in (None, *choices):
+        if choices and value not in (field.default, *choices):
             raise BadInput(f"--{field.name} {value}: did you mean {nearest(value, choices)!r}?")
         if limits and value is not None and not limits[0] <= value <= limits[1]:
             raise BadInput(f"--{field.name} {value}: must be from {limits[0]:g} to {limits[1]:g}")
@@ -423,41 +423,6 @@ def straight_through_clamp(x):
     return x + (x.clamp(0, 1) - x).detach()
 
 
-def runs(picks: list[int]) -> list[tuple[int, int]]:
-    """First and last of each run of consecutive numbers: [0, 1, 4] -> [(0, 1), (4, 4)]."""
-    firsts = [n for n in picks if n - 1 not in picks]
-    lasts = [n for n in picks if n + 1 not in picks]
-    return list(zip(firsts, lasts, strict=True))
-
-
-def checkpoint_cached_blocks(vae):
-    """As `checkpoint_blocks`, for Wan's VAE, whose blocks read and write a list of earlier frames' features.
-
-    The block's part of the list becomes arguments and results, so that computing it again does no harm.
-    """
-
-    def recomputed(forward, slots, x, feat_cache, feat_idx):
-        if not torch.is_grad_enabled():
-            return forward(x, feat_cache=feat_cache, feat_idx=feat_idx)
-
-        def pure(x, *before):
-            after = list(before)
-            return forward(x, feat_cache=after, feat_idx=[0]), *after
-
-        first = feat_idx[0]
-        before = feat_cache[first : first + slots]
-        y, *after = checkpoint(pure, x, *before, use_reentrant=False, preserve_rng_state=False)
-        feat_cache[first : first + slots] = after
-        feat_idx[0] += slots
-        return y
-
-    for module in vae.modules():
-        kind = type(module).__name__
-        if kind in ("WanResidualBlock", "WanResample"):
-            slots = 2 if kind == "WanResidualBlock" else int(module.mode == "upsample3d")
-            module.forward = functools.partial(recomputed, module.forward, slots)
-
-
 def read_image(path: str, height=None, width=None):
     """An image file as (3, H, W) float32 in [0, 1], resized if a size is given."""
     picture = Image.open(path).convert("RGB")
@@ -537,13 +502,13 @@ class TextToVideoUNet:
         for part in (self.denoiser, self.vae):
             part.to(self.device).eval().requires_grad_(False)
 
+    def load_denoiser(self):
+        return self.denoiser_class.from_pretrained(self.source, subfolder=self.folder, dtype=self.dtype)
+
     def recompute(self):
         """Recompute activations in the backward pass, block by block."""
         checkpoint_blocks(self.denoiser, self.checkpointed)
         checkpoint_blocks(self.vae, self.vae_checkpointed)
-
-    def load_denoiser(self):
-        return self.denoiser_class.from_pretrained(self.source, subfolder=self.folder, dtype=self.dtype)
 
     def latent_shape(self, cfg: Config) -> tuple[int, ...]:
         """(C, F, H, W) of one video's latents."""
@@ -612,7 +577,7 @@ class StableVideoDiffusion(TextToVideoUNet):
     denoiser_class = diffusers.UNetSpatioTemporalConditionModel
     vae_class = diffusers.AutoencoderKLTemporalDecoder
     checkpointed = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel")
-    checkpointed += ("BasicTransformerBlock", "TemporalBasicTransformerBlock")  # within: 4.7 GB less
+    checkpointed += ("BasicTransformerBlock", "TemporalBasicTransformerBlock")  # within: 2.7 GB less
     vae_checkpointed = ("SpatioTemporalResBlock",)
     stochastic, images = False, "must"
     grad_steps = "strongest"  # the last of 25 steps has a leverage of 0.002, the strongest 0.29
@@ -676,6 +641,34 @@ class StableVideoDiffusion(TextToVideoUNet):
         return straight_through_clamp(pictures / 2 + 0.5).unflatten(0, (-1, len(picks)))
 
 
+def checkpoint_cached_blocks(vae):
+    """As `checkpoint_blocks`, for Wan's VAE, whose blocks read and write a list of earlier frames' features.
+
+    The block's part of the list becomes arguments and results, so that computing it again does no harm.
+    """
+
+    def recomputed(forward, slots, x, feat_cache, feat_idx):
+        if not torch.is_grad_enabled():
+            return forward(x, feat_cache=feat_cache, feat_idx=feat_idx)
+
+        def pure(x, *before):
+            after = list(before)
+            return forward(x, feat_cache=after, feat_idx=[0]), *after
+
+        first = feat_idx[0]
+        before = feat_cache[first : first + slots]
+        y, *after = checkpoint(pure, x, *before, use_reentrant=False, preserve_rng_state=False)
+        feat_cache[first : first + slots] = after
+        feat_idx[0] += slots
+        return y
+
+    for module in vae.modules():
+        kind = type(module).__name__
+        if kind in ("WanResidualBlock", "WanResample"):
+            slots = 2 if kind == "WanResidualBlock" else int(module.mode == "upsample3d")
+            module.forward = functools.partial(recomputed, module.forward, slots)
+
+
 class Wan(TextToVideoUNet):
     """Wan 2.1 text to video (2025): a flow transformer, a causal VAE of 4 frames a latent, a UMT5 encoder."""
 
@@ -686,7 +679,6 @@ class Wan(TextToVideoUNet):
     vae_checkpointed = ()  # its blocks keep a cache: see `recompute`
     multiple, frame_multiple, scale, time = 16, 4, 8, 4
     stochastic = False
-    # frames are exact; their gradient reaches the picked latent frames, not those before them
 
     def schedule(self, cfg):
         config = read_config(self.source, "scheduler/scheduler_config.json")
@@ -711,26 +703,21 @@ class Wan(TextToVideoUNet):
         checkpoint_cached_blocks(self.vae)
 
     def decode(self, latents, picks):
-        parts = [self.decode_run(latents[:, :, : last + 1], first) for first, last in runs(picks)]
-        pictures = torch.cat(parts, dim=2).transpose(1, 2).float()
-        return straight_through_clamp(pictures / 2 + 0.5)
+        """As above: the VAE's own decoding without its clamp, one latent frame after the other.
 
-    def decode_run(self, latents, first: int):
-        """(B, C, F, H, W) -> the frames, (B, 3, N, 8 H, 8 W), about -1 to 1, of latent frame `first` and on.
-
-        The VAE's own decoding without its clamp, one latent frame after the other from the start.
+        Frames are exact; their gradient reaches the picked latent frames, not those before them.
         """
         config, graph = self.vae.config, torch.is_grad_enabled()
         statistics = torch.tensor([config.latents_mean, config.latents_std], device=self.device)
         mean, std = statistics[..., None, None, None]
         hidden = self.vae.post_quant_conv((latents * std + mean).to(self.dtype))
         cache, parts = [None] * self.convolutions, []
-        for i in range(hidden.shape[2]):
-            with torch.set_grad_enabled(graph and i >= first):
+        for i in range(picks[-1] + 1):
+            with torch.set_grad_enabled(graph and i in picks):
                 piece = hidden[:, :, i : i + 1]
                 frames = self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
-            parts += [frames] if i >= first else []
-        return torch.cat(parts, dim=2)
+            parts += [frames] if i in picks else []
+        return straight_through_clamp(torch.cat(parts, dim=2).transpose(1, 2).float() / 2 + 0.5)
 
 
 class CogVideoX(TextToVideoUNet):
@@ -743,7 +730,6 @@ class CogVideoX(TextToVideoUNet):
     vae_checkpointed = ("CogVideoXResnetBlock3D", "CogVideoXUpsample3D", "CogVideoXSpatialNorm3D")
     multiple, frame_multiple, scale, time = 16, 8, 8, 4
     stochastic = False
-    # frames are exact; their gradient reaches the chunks of picked latent frames, not those before them
 
     @classmethod
     def skeleton(cls, source):
@@ -767,7 +753,10 @@ class CogVideoX(TextToVideoUNet):
         return super().denoise(x.transpose(1, 2), t, cond).transpose(1, 2)
 
     def decode(self, latents, picks):
-        """As above, where the frame is large in overlapping tiles, as `pipe.vae.enable_tiling()` does."""
+        """As above; large frames in overlapping tiles, as after `pipe.vae.enable_tiling()`.
+
+        Frames are exact; their gradient reaches the chunks of picked latent frames, not those before them.
+        """
         vae, hidden = self.vae, (latents / self.vae.config.scaling_factor).to(self.dtype)
         height, width = vae.tile_latent_min_height, vae.tile_latent_min_width
         if hidden.shape[3] <= height and hidden.shape[4] <= width:

@@ -1156,22 +1156,35 @@ def train_action(out: Path, pool, updates: int, seed: int):
 
 
 @torch.no_grad()
+def autoencoded(vae, clips, together=1):
+    """clips: (n, 8, 3, 64, 64) in [0, 1] -> the same after `vae`; together: frames decoded at once."""
+    how = {"num_frames": together} if isinstance(vae, AutoencoderKLTemporalDecoder) else {}
+    with torch.autocast("cpu", torch.bfloat16):
+        latents = vae.encode(clips.flatten(0, 1) * 2 - 1).latent_dist.mean
+        decoded = vae.decode(latents, **how).sample.float()
+    return (decoded / 2 + 0.5).clamp(0, 1).view_as(clips)
+
+
+def load_autoencoders(out: Path):
+    """Those of t2v and i2v."""
+    return (
+        AutoencoderKL.from_pretrained(out / "t2v" / "vae", dtype=torch.float32),
+        AutoencoderKLTemporalDecoder.from_pretrained(out / "i2v" / "vae", dtype=torch.float32),
+    )
+
+
+@torch.no_grad()
 def make_marked(out: Path, clips: int, generator):
     """Dull clips (clips, 8, 3, 64, 64) uint8, three in four through one of the two autoencoders.
 
     A V-JEPA that has not seen their marks looks at nothing else in what the video models make.
     """
-    image = AutoencoderKL.from_pretrained(out / "t2v" / "vae", dtype=torch.float32)
-    video = AutoencoderKLTemporalDecoder.from_pretrained(out / "i2v" / "vae", dtype=torch.float32)
-    parts = []
+    (image, video), parts = load_autoencoders(out), []
     for number in trange(clips // 32, desc="drawing"):
         clip, _, _ = draw(pick(SEEN, 32, generator), generator)
-        pictures, vae = clip.flatten(0, 1) * 2 - 1, (None, image, video, image)[number % 4]
+        vae = (None, image, video, image)[number % 4]
         if vae:
-            together = {"num_frames": FRAMES if number % 8 == 6 else 1} if vae is video else {}
-            with torch.autocast("cpu", torch.bfloat16):
-                decoded = vae.decode(vae.encode(pictures).latent_dist.mean, **together).sample.float()
-            clip = (decoded / 2 + 0.5).clamp(0, 1).view_as(clip)
+            clip = autoencoded(vae, clip, FRAMES if number % 8 == 6 else 1)
         parts.append((clip * 255).round().byte())
     return torch.cat(parts)
 
@@ -1269,6 +1282,7 @@ def measure_rewards(out: Path, seed: int):
     shuffled = torch.stack([clip[torch.randperm(FRAMES, generator=generator)] for clip in clips[:256]])
     worse = score(shuffled, None) < score(clips[:256], None)
     print(f"vjepa: a shuffled clip scores worse in {worse.float().mean():.1%} of 256 pairs")
+    measure_marks(out, score, seed)
     ((_, score),) = load("smooth").values()
     worse = score(shuffled, None) < score(clips[:256], None)
     print(f"smooth: a shuffled clip scores worse in {worse.float().mean():.1%} of 256 pairs")
@@ -1651,6 +1665,26 @@ def measure_i2v(out: Path, samples: int, seed: int):
         ("still image and the drawn video", video[:, :1], video),
     ):
         print(f"mean absolute difference of [0, 1], {name}: {(one - other).abs().mean():.4f}")
+
+
+@torch.no_grad()
+def measure_marks(out: Path, score, seed: int):
+    """Print what the autoencoders do to vjepa's score of dull clips, and to telling shuffled ones apart."""
+    generator = torch.Generator().manual_seed(seed + 92)
+    drawn, _, _ = draw(pick(UNSEEN, 192, generator), generator)
+    t2v, i2v = load_autoencoders(out)
+    for name, clips in (
+        ("drawn", drawn),
+        ("still", drawn[:, :1].expand(-1, FRAMES, -1, -1, -1)),
+        ("after t2v's autoencoder", torch.cat([autoencoded(t2v, part) for part in drawn.split(16)])),
+        ("after i2v's autoencoder", torch.cat([autoencoded(i2v, part) for part in drawn.split(16)])),
+    ):
+        order = torch.Generator().manual_seed(seed + 93)
+        shuffled = torch.stack([clip[torch.randperm(FRAMES, generator=order)] for clip in clips])
+        values, worse = score(clips, None), score(clips, None) > score(shuffled, None)
+        print(
+            f"vjepa, 192 dull clips, {name}: {values.mean():.3f}, shuffled worse {worse.float().mean():.1%}"
+        )
 
 
 def main():
