@@ -694,6 +694,16 @@ def test_tiny_i2v_starts_from_the_image_as_its_stock_pipeline_does():
     assert (ours[:, 7] - starts).abs().mean() > 2 * (ours[:, 0] - starts).abs().mean()  # and then it moves
 
 
+def test_tiny_wan_equals_its_stock_pipeline():
+    _, cfg, model, schedule, conds, _ = load(Config(model="tiny-wan", reward="colorful"), randomise=False)
+    _, noise, cond, uncond = batch(cfg, model, conds)
+    ours = whole_video(model, vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)[-1])
+    folder = dataclasses.replace(cfg, model=str(HERE / "tiny" / "wan"))
+    theirs = other_stock_frames(stock_pipeline("wan", folder), cfg, PROMPTS, noise)
+    assert ours.shape == (2, 9, 3, 64, 64)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-4)
+
+
 def test_cogvideox_decodes_large_frames_in_tiles(checkpoints, tmp_path):
     """As the stock VAE does when told to, with the gradient of one plain graph."""
     folder = str(checkpoints("cogvideox"))

@@ -173,6 +173,7 @@ SD15, SVD = "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/stable-v
 PRESETS = {
     "tiny": (str(HERE / "tiny" / "t2v"), 8, 64, 64, 10, 4.0, 50, 25, 1e-3, 2, 1, 8),
     "tiny-i2v": (str(HERE / "tiny" / "i2v"), 8, 64, 64, 10, 2.0, 50, 25, 1e-3, 2, 1, 8),
+    "tiny-wan": (str(HERE / "tiny" / "wan"), 9, 64, 64, 10, 3.0, 50, 25, 1e-3, 2, 1, 8),
     "modelscope": ("ali-vilab/text-to-video-ms-1.7b", 16, 256, 256, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
     "zeroscope": ("cerspense/zeroscope_v2_576w", 24, 320, 576, 25, 9.0, 200, 50, 2e-4, 1, 4, 16),
     "animatediff": (SD15, 16, 512, 512, 25, 7.5, 200, 50, 2e-4, 1, 4, 16),
@@ -181,7 +182,7 @@ PRESETS = {
     "ltx": ("Lightricks/LTX-Video", 49, 512, 704, 30, 3.0, 200, 50, 1e-4, 1, 4, 16),
     "wan": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 81, 480, 832, 30, 5.0, 200, 50, 1e-4, 1, 4, 16),
 }
-TINY = ("tiny", "tiny-i2v")  # in this repository, with toy rewards
+TINY = ("tiny", "tiny-i2v", "tiny-wan")  # in this repository, with toy rewards
 
 
 def need(ok, message: str):
