@@ -86,6 +86,14 @@ from vader import BadInput, Config
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "tiny"))
+sys.path.append(str(HERE / "bench"))  # behind, as it has a rewards.py too
+import ddpo  # noqa: E402 (needs the line above)
+import dpo  # noqa: E402
+import efficiency  # noqa: E402
+import estimators  # noqa: E402
+import generalise  # noqa: E402
+import reference  # noqa: E402
+
 TINY = HERE / "tiny" / "t2v"
 NO_SCALING = torch.amp.GradScaler("cpu", enabled=False)
 PROMPTS = ["a red kite rising over the sea", "a moon"]
@@ -1719,3 +1727,174 @@ def test_plan_follows_vjepa_and_offloading():
     # what waits on the host, at 2 bytes a weight; the LoRA goes with the denoiser
     assert saved["score"] == pytest.approx(2 * denoiser, rel=0.2)
     assert saved["rollout"] == saved["walk back"] == pytest.approx(2 * (vae + reward), rel=0.05)
+
+
+# ---- bench -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def noisy(settings):
+    """A small run with DDPO's sampler and groups of videos of one prompt."""
+    run, *_ = load(dataclasses.replace(settings, eta=1.0, batch_size=3, grad_accum=2), randomise=False)
+    return run
+
+
+def test_ddpo_log_prob_is_that_of_the_noise_drawn(noisy):
+    one = ddpo.collect(noisy, PROMPTS[0], 0)
+    generator = vader.generator_for(noisy.cfg.seed, "ddpo", 0)
+    shape = one["latents"][0].shape
+    torch.randn(shape, generator=generator)  # where the video starts
+    for i in range(3):
+        drawn = torch.randn(shape, generator=generator).double()
+        scale = float(noisy.schedule.s[i])
+        expected = torch.distributions.Normal(0, scale).log_prob(scale * drawn).sum((1, 2, 3, 4))
+        with torch.no_grad():
+            found = ddpo.log_prob(noisy.model, noisy.schedule, i, *one["latents"][i : i + 2], *one["given"])
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-2)
+
+
+def test_ddpo_starts_at_ratio_one_with_the_gradient_of_reinforce(noisy):
+    one = ddpo.collect(noisy, PROMPTS[0], 0)
+    good, found = ddpo.advantages(one["rewards"]), []
+    assert good.mean().abs() < 1e-5 and good.std() > 0.9
+    for reinforce in (False, True):
+        clear(noisy.model)
+        for i in range(3):
+            pair = one["latents"][i : i + 2]
+            with torch.no_grad():
+                old = ddpo.log_prob(noisy.model, noisy.schedule, i, *pair, *one["given"])
+            new = ddpo.log_prob(noisy.model, noisy.schedule, i, *pair, *one["given"])
+            assert torch.equal((new - old).exp(), torch.ones(3))
+            loss = -(new * good).mean() if reinforce else ddpo.ppo_loss(new, old, good)
+            loss.backward()
+        found.append(gradients(noisy.model))
+    assert found[1].norm() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+
+
+def test_ppo_stops_where_the_ratio_has_gone_far_enough():
+    new = torch.tensor([1.0, 1.0, -1.0, -1.0], requires_grad=True)
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    ddpo.ppo_loss(new, torch.zeros(4), advantage).backward()
+    assert (new.grad != 0).tolist() == [False, True, True, False]
+
+
+def test_dpo_starts_at_log_two_and_falls_on_a_fixed_pair(settings):
+    run, cfg, model, *_ = load(settings, randomise=False)
+    better, worse, cond, rewards = dpo.collect(run, PROMPTS, 0)
+    one, other = rewards.chunk(2)
+    prompts = [*PROMPTS, *PROMPTS]
+    video = torch.cat([model.decode(torch.cat([better, worse]), [n]) for n in range(5)], dim=1)
+    ordered = vader.compute_rewards(run.terms, video, prompts, 1)["reward"]
+    torch.testing.assert_close(ordered, torch.cat([torch.maximum(one, other), torch.minimum(one, other)]))
+    config = vader.read_config(cfg.model, "scheduler/scheduler_config.json")
+    scheduler = DDIMScheduler.from_config(config)
+    noise = torch.randn(better.shape, generator=torch.Generator().manual_seed(2))
+    optimizer, losses = vader.make_optimizer(cfg, list(vader.lora_parameters(model).values())), []
+    for _ in range(5):
+        loss = dpo.dpo_loss(model, scheduler, better, worse, noise, 500, cond)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-6)
+    assert losses[-1] < losses[0] - 0.01
+
+
+def light(frames, prompts):
+    return frames.mean((1, 2, 3, 4))
+
+
+@pytest.mark.parametrize("kind", ["ddpo", "dpo"])
+def test_the_baselines_raise_an_easy_reward(kind, settings):
+    # a random denoiser will not do: DPO makes it better at what it is bad at everywhere
+    changes = dict(model="tiny", num_frames=2, height=32, width=32, guidance_scale=1.0, lr=1e-3)
+    changes |= dict(eta=1.0, batch_size=16) if kind == "ddpo" else dict(batch_size=8)
+    run, cfg, model, *_ = load(dataclasses.replace(settings, **changes), randomise=False)
+    run.terms = {"light": (1.0, light)}
+    optimizer = vader.make_optimizer(cfg, list(vader.lora_parameters(model).values()))
+    update = {"ddpo": ddpo.update, "dpo": functools.partial(dpo.update, draws=2, beta=500.0)}[kind]
+    prompts = PROMPTS * 16
+    before = light(vader.make_videos(run, prompts), None)
+    rows = [update(run, PROMPTS, step, optimizer) for step in range(6)]
+    gain = light(vader.make_videos(run, prompts), None) - before
+    assert rows[0]["queries"] == 16
+    assert gain.mean() > 3 * gain.std() / len(gain) ** 0.5
+
+
+@pytest.fixture
+def bench(settings, tmp_path, monkeypatch):
+    """Settings of a run of the small model in seconds; the scripts' folders are elsewhere."""
+    monkeypatch.setattr(efficiency, "RUNS", tmp_path / "efficiency")
+    monkeypatch.setattr(efficiency, "VIDEOS", 3)
+    monkeypatch.setattr(generalise, "RUNS", tmp_path / "generalise")
+    size = dict(num_frames=3, height=16, width=16, num_inference_steps=4, guidance_scale=2.0)
+    return dict(model=settings.model, reward_weights=str(HERE / "tiny" / "rewards"), **size, lora_rank=2)
+
+
+def test_efficiency_goes_on_where_it_stopped_and_draws_its_figure(bench, tmp_path):
+    changes = bench | dict(batch_size=2, grad_accum=1)
+    for key, queries in (("whole", (8,)), ("parts", (4, 8))):
+        for n in queries:
+            method = efficiency.Method("DPO", efficiency.METHODS["dpo"].update, changes, n)
+            rows = efficiency.train(key, method, "colorful", 0, evaluate_every=4)
+        assert [row["queries"] for row in rows] == [0, 4, 8]
+    whole, parts = (
+        json.loads((tmp_path / "efficiency" / k / "rows.json").read_text()) for k in ("whole", "parts")
+    )
+    assert [row["values"] for row in whole] == [row["values"] for row in parts]
+    assert whole[0]["values"] != whole[-1]["values"]
+    found = efficiency.table_rows(("dpo", "hps", 0), rows)
+    table, picture = tmp_path / "table.csv", tmp_path / "figure.png"
+    efficiency.merge(table, found, ("method", "reward", "seed"))
+    merged = efficiency.merge(
+        table, efficiency.table_rows(("dpo", "hps", 1), rows), ("method", "reward", "seed")
+    )
+    assert len(merged) == 6
+    efficiency.figure(merged, picture)
+    assert iio.imread(picture).std() > 1
+
+
+@pytest.mark.parametrize("way", list(estimators.WAYS))
+def test_every_estimator_runs(way, bench, monkeypatch):
+    monkeypatch.setattr(estimators, "COMMON", bench | dict(batch_size=2, lr=1e-2))
+    row = estimators.measure(way, "colorful", 0, seconds=0.01, samples=3)
+    assert row["updates"] == 1 and float(row["motion"]) > 0 and float(row["diversity"]) > 0
+    (file,) = efficiency.RUNS.rglob("rows.json")
+    first, last = json.loads(file.read_text())
+    assert first["values"] != last["values"]
+
+
+def test_redrawing_without_noise_is_the_last_step(settings, monkeypatch):
+    found = []
+    for way in (estimators.redraw_update, efficiency.vader_update):
+        run, cfg, model, *_ = load(settings)
+        if way is estimators.redraw_update:  # the drawn x is the one that the rollout came by
+            monkeypatch.setattr(estimators, "DRAWS", 1)
+            monkeypatch.setattr(estimators, "renoise", lambda schedule, latents, generator: latents[-2])
+        monkeypatch.setattr(vader, "pick_frames", lambda *_: [1])
+        monkeypatch.setattr(vader, "generator_for", lambda *_: torch.Generator().manual_seed(3))
+        way(run, PROMPTS, 0, torch.optim.SGD(vader.lora_parameters(model).values(), lr=0.0))
+        found.append(gradients(model))
+        monkeypatch.undo()
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
+
+
+def test_generalise_separates_prompts_and_scales_the_lora(bench, monkeypatch):
+    monkeypatch.setattr(generalise, "SETTINGS", bench | dict(batch_size=2, lr=1e-2, grad_accum=1))
+    sets = generalise.prompt_sets(20)
+    trained, *others = (set(prompts) for prompts in sets.values())
+    assert not any(trained & other for other in others)
+    assert all(("purple" in p) or ("kite" in p) for p in sets["unseen words"])
+    rows, scales = generalise.study("aesthetic", steps=1, videos=2, samples=3)
+    assert [row["prompts"] for row in rows] == list(sets)
+    assert scales[0]["aesthetic"] != scales[-1]["aesthetic"]
+    (whole,) = (row for row in rows if row["prompts"] == "unseen combinations")
+    assert (whole["base"], whole["tuned"]) == (scales[0]["aesthetic"], scales[-1]["aesthetic"])
+
+
+def test_reference_finds_the_same_gradient_in_one_graph(settings):
+    rows = reference.compare(dataclasses.replace(settings, checkpointing=False), (1, 2), pairs=1)
+    assert [row["K"] for row in rows] == [1, 2]
+    assert all(float(row["gradient difference"]) < 1e-4 for row in rows)
+    assert float(rows[1]["cut and checkpointed MB"]) < float(rows[1]["one graph MB"])

@@ -34,7 +34,7 @@ REWARDS = {
     "remove:star": f"{STAR} --steps 40 --decode_frames 4",
     "action": f"{MOVE} --steps 80",
     "action:rising": f"{STILL} {MOVE} --steps 80",
-    "vjepa": "--num_inference_steps 5 --batch_size 8 --steps 100",
+    "vjepa": "--num_inference_steps 5 --batch_size 8 --lr 2e-3 --steps 45 --eval_every 45 --eval_videos 64",
     "smooth": "",
     "dynamic": "",
     "colorful": "",

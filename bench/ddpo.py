@@ -1,0 +1,94 @@
+"""DDPO (Black et al. 2023, arXiv 2305.13301): policy gradients, with the sampler's steps as actions.
+
+A stochastic DDIM step is a Gaussian policy, x[i+1] ~ N(a[i] x[i] + b[i] f, s[i]^2). Each update makes
+`batch_size` videos of each of `grad_accum` prompts, rewards whole videos, normalises the rewards within each
+prompt (advantages), and takes `epochs` AdamW steps on PPO's clipped loss, where the first is on-policy.
+
+`update` has the place and arguments of vader.update; bench/efficiency.py runs it. Written for the Config of
+vader.py with eta = 1 and any model whose sampler takes that. Differs from the paper in one thing: advantages
+are normalised by the update's own videos of a prompt, not by a running history of that prompt.
+"""
+
+import dataclasses
+import itertools
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import vader  # noqa: E402 (needs the line above)
+
+CLIP = 0.2  # PPO's range of the ratio
+LIMIT = 5.0  # of an advantage, as in the authors' code
+
+
+def log_prob(model, schedule, i: int, x, x_next, cond, uncond, guidance_scale):
+    """log p(x[i+1] | x[i]), summed over a video's numbers: (B, C, F, H, W) twice -> (B,) float64.
+
+    In float64, as the sum over thousands of numbers is compared with another one to the fourth decimal.
+    """
+    a, b, c, s = (float(table[i]) for table in (schedule.a, schedule.b, schedule.c, schedule.s))
+    f = model.denoise(c * x, schedule.t[i], cond)
+    if guidance_scale != 1:
+        nothing = model.denoise(c * x, schedule.t[i], uncond)
+        f = nothing + model.guidance(guidance_scale, x.shape[2]) * (f - nothing)
+    distance = (x_next.double() - (a * x + b * f).double()) / s
+    return (-(distance**2) / 2 - math.log(s) - math.log(2 * math.pi) / 2).sum((1, 2, 3, 4))
+
+
+def advantages(rewards):
+    """Rewards (B,) of one prompt's videos, less their mean, over their standard deviation, within +-5."""
+    return ((rewards - rewards.mean()) / (rewards.std() + 1e-6)).clamp(-LIMIT, LIMIT)
+
+
+def ppo_loss(new, old, advantage):
+    """PPO's clipped loss (Schulman et al. 2017, eq. 7), (): log-probabilities and advantages, (B,) each."""
+    ratio = (new - old).exp()
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
+
+
+@torch.no_grad()
+def collect(run, prompt: str, key: int) -> dict:
+    """Videos of one prompt: {"latents": T + 1 of them, "given": to `log_prob`, "rewards": (B,)}."""
+    cfg, model = run.cfg, run.model
+    prompts, generator = [prompt] * cfg.batch_size, vader.generator_for(cfg.seed, "ddpo", key)
+    noise = torch.randn(cfg.batch_size, *model.latent_shape(cfg), generator=generator).to(model.device)
+    given = *vader.collate(run.conds, prompts), cfg.guidance_scale
+    latents = vader.rollout(model, run.schedule, noise, *given, generator)
+    frames = torch.cat([model.decode(latents[-1], [n]) for n in range(latents[-1].shape[2])], dim=1)
+    rewards = vader.compute_rewards(run.terms, frames, prompts, cfg.decode_chunk)["reward"]
+    return {"latents": latents, "given": given, "rewards": rewards}
+
+
+def update(run, prompts: list[str], step: int, optimizer, epochs=2) -> dict:
+    """One round of sampling and `epochs` AdamW steps. Returns {"reward", "queries", "seconds", "clipped"}.
+
+    queries: videos scored; clipped: share of the last epoch's ratios outside PPO's range.
+    Raises BadInput when the sampler draws no noise, or when there is nothing to compare.
+    """
+    cfg, schedule, start = run.cfg, run.schedule, time.time()
+    # the last step draws no noise when it ends at the clean video: nothing to choose
+    steps = [i for i in range(len(schedule)) if schedule.s[i] > 0]
+    vader.need(steps, "DDPO needs a stochastic sampler: set eta above 0")
+    vader.need(cfg.batch_size > 1, "DDPO compares videos of one prompt: set batch_size to 2 or more")
+    chosen = vader.batch_prompts(prompts, dataclasses.replace(cfg, batch_size=cfg.grad_accum), step)
+    rounds = [collect(run, prompt, step * cfg.grad_accum + n) for n, prompt in enumerate(chosen)]
+    parameters = list(vader.lora_parameters(run.model).values())
+    before = {}  # log-probabilities under the policy that made the videos: the first epoch's
+    for _ in range(epochs):
+        optimizer.zero_grad()
+        outside = []
+        for (n, one), i in itertools.product(enumerate(rounds), steps):
+            new = log_prob(run.model, schedule, i, *one["latents"][i : i + 2], *one["given"])
+            old = before.setdefault((n, i), new.detach())
+            (ppo_loss(new, old, advantages(one["rewards"])) / len(rounds)).backward()
+            outside.append(((new.detach() - old).exp() - 1).abs() > CLIP)
+        torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm)
+        optimizer.step()
+    reward = torch.cat([one["rewards"] for one in rounds])
+    clipped = torch.cat(outside).float().mean().item()
+    row = {"reward": reward.mean().item(), "queries": len(reward), "clipped": clipped}
+    return row | {"seconds": time.time() - start}

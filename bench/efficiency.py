@@ -1,0 +1,240 @@
+"""Reward on held-out prompts against reward queries and seconds: VADER, our best setting, DDPO, DPO.
+
+    python bench/efficiency.py                        # every run, then efficiency.csv and efficiency.png
+    python bench/efficiency.py --rewards hps          # only these rewards' runs (--methods, --seeds likewise)
+    python bench/efficiency.py --sweep                # learning rate x videos per update, then sweep.csv
+
+On the tiny text-to-video model, 5 sampling steps for all. A query is one video scored. Seconds are those of
+the updates (evaluations left out), so only runs made side by side on the same machine compare; a run uses
+one thread, start several commands to use more cores. Each run keeps its rows and a checkpoint in
+runs/efficiency/ and goes on from there; the CSV keeps the rows of runs that are gone.
+VADER's image rewards see one frame of each video; DDPO and DPO, which pay no gradient, see all, which makes
+their reward less noisy. Evaluation is the same for all: DDIM without noise, all frames of 32 videos of
+held-out prompts, the same noise.
+"""
+
+import argparse
+import csv
+import dataclasses
+import functools
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import ddpo
+import dpo
+import matplotlib
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import vader  # noqa: E402 (needs the line above)
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 (needs the line above)
+
+RUNS = HERE.parent / "runs" / "efficiency"
+REWARDS, SEEDS, VIDEOS = ("aesthetic", "hps", "action"), (0, 1, 2), 32
+BEST = dict(backprop_steps=3, grad_steps="spread", coupling=0.0)
+
+
+def vader_update(run, prompts, step, optimizer) -> dict:
+    """`vader.update` with the arguments and the row of the baselines' `update`."""
+    scaler = torch.amp.GradScaler(run.cfg.device, enabled=False)
+    row = vader.update(run, prompts, step, 0, 1, optimizer, scaler)
+    return {name: row[name] for name in ("reward", "seconds")} | {
+        "queries": run.cfg.batch_size * run.cfg.grad_accum
+    }
+
+
+@dataclasses.dataclass
+class Method:
+    """update(run, prompts, step, optimizer) -> {"reward", "queries", "seconds"}; settings: of vader.Config.
+
+    queries: how many one run may use; sweep: learning rates x batches that `--sweep` tries.
+    """
+
+    label: str
+    update: object
+    settings: dict
+    queries: int
+    rates: tuple = ()
+    batches: tuple = ()
+
+
+TWO_OR_FOUR = ({"batch_size": 2}, {"batch_size": 4})
+# the settings are those that won the sweep
+METHODS = {
+    "vader": Method(
+        "VADER, K = 1", vader_update, {"lr": 1e-3, "batch_size": 2}, 160, (1e-3, 3e-3), TWO_OR_FOUR
+    ),
+    "best": Method(
+        "ours", vader_update, BEST | {"lr": 2e-3, "batch_size": 4}, 160, (1e-3, 2e-3), TWO_OR_FOUR
+    ),
+    "ddpo": Method(
+        "DDPO",
+        functools.partial(ddpo.update, epochs=2),
+        {"eta": 1.0, "lr": 1e-3, "batch_size": 8, "grad_accum": 2},
+        480,
+        (3e-4, 1e-3),
+        ({"batch_size": 4, "grad_accum": 2}, {"batch_size": 8, "grad_accum": 2}),
+    ),
+    "dpo": Method(
+        "DPO",
+        functools.partial(dpo.update, draws=4),
+        {"lr": 1e-3, "batch_size": 4},
+        480,
+        (3e-4, 1e-3),
+        ({"batch_size": 4}, {"batch_size": 8}),
+    ),
+}
+
+
+def open_run(settings: dict, reward: str, seed: int):
+    """A vader.Run with these settings, its optimiser, prompts to train on, held-out ones, and the judge."""
+    common = dict(model="tiny", prompts=str(HERE.parent / "prompts.txt"), num_inference_steps=5)
+    cfg = vader.Config(reward=reward, seed=seed, **common | settings)
+    cfg, source, family = vader.resolve(cfg)
+    prompts, held_out = vader.split_prompts(cfg)
+    run = vader.load_run(cfg, source, family, prompts + held_out)
+    optimizer = vader.make_optimizer(cfg, list(vader.lora_parameters(run.model).values()))
+    # everybody is judged by the same deterministic sampler and the same noise
+    quiet = dataclasses.replace(cfg, eta=0.0, seed=0, batch_size=4)
+    judge = dataclasses.replace(run, cfg=quiet, schedule=run.model.schedule(quiet))
+    return run, optimizer, prompts, [held_out[n % len(held_out)] for n in range(VIDEOS)], judge
+
+
+def train(name: str, method: Method, reward: str, seed: int, evaluate_every=40, seconds_limit=math.inf):
+    """One run up to its queries or seconds; goes on from its last evaluation.
+
+    Returns a row per evaluation: {"queries", "seconds", "step", "mean", "values": of every video}.
+    """
+    out = RUNS / name
+    rows, queries, seconds, step = [], 0, 0.0, 0
+    file, state_file = out / "rows.json", out / "state.pt"
+    if file.exists():
+        rows = json.loads(file.read_text())
+        queries, seconds, step = (rows[-1][key] for key in ("queries", "seconds", "step"))
+
+    def over():
+        return queries >= method.queries or seconds >= seconds_limit
+
+    if over():
+        return rows
+    run, optimizer, prompts, held_out, judge = open_run(method.settings, reward, seed)
+    weights = vader.lora_parameters(run.model)
+    if rows:
+        state = torch.load(state_file, weights_only=True)
+        run.model.denoiser.load_state_dict(state["lora"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+    while True:
+        if not rows or queries - rows[-1]["queries"] >= evaluate_every or over():
+            values = vader.evaluate(judge, held_out, out / f"{queries:04d}")["reward"]
+            row = {"queries": queries, "seconds": round(seconds, 1), "step": step}
+            rows.append(row | {"mean": float(np.mean(values)), "values": values})
+            state = {"lora": {n: p.detach() for n, p in weights.items()}, "optimizer": optimizer.state_dict()}
+            vader.write_atomically(state_file, lambda path, state=state: torch.save(state, path))
+            vader.write_text(file, json.dumps(rows))
+            print(f"{name}: {queries} queries, {seconds:.0f} s, {rows[-1]['mean']:.3f}", flush=True)
+        if over():
+            return rows
+        row = method.update(run, prompts, step, optimizer)
+        queries, seconds, step = queries + row["queries"], seconds + row["seconds"], step + 1
+
+
+def table_rows(name: tuple, rows: list[dict]) -> list[dict]:
+    """Rows of efficiency.csv of one run; name: (method, reward, seed)."""
+    head = dict(zip(("method", "reward", "seed"), name, strict=True))
+    base = np.array(rows[0]["values"])
+    found = []
+    for row in rows:
+        gain = np.array(row["values"]) - base
+        error = gain.std(ddof=1) / len(gain) ** 0.5
+        figures = {"mean": f"{row['mean']:.4f}", "gain": f"{gain.mean():.4f}", "error": f"{error:.4f}"}
+        found.append(head | {"queries": row["queries"], "seconds": row["seconds"]} | figures)
+    return found
+
+
+def merge(file: Path, found: list[dict], keys: tuple) -> list[dict]:
+    """Write a CSV of these rows and of the runs (told by `keys`) that it held and are not among them."""
+    stored = []
+    if file.exists():
+        with open(file, newline="") as old:
+            stored = list(csv.DictReader(old))
+    made = {tuple(str(row[key]) for key in keys) for row in found}
+    rows = [row for row in stored if tuple(row[key] for key in keys) not in made] + found
+    rows.sort(key=lambda row: [str(row[key]) for key in keys] + [int(row.get("queries", 0))])
+    with open(file, "w", newline="") as new:
+        table = csv.DictWriter(new, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+    return rows
+
+
+def figure(rows: list[dict], file: Path):
+    """Held-out reward against queries (top) and seconds (bottom), a column per reward; bands: all seeds."""
+    rewards = [name for name in REWARDS if any(row["reward"] == name for row in rows)]
+    shape = dict(figsize=(4 * len(rewards), 6.5), squeeze=False, layout="constrained")
+    plot, axes = plt.subplots(2, len(rewards), **shape)
+    for (line, axis), (column, reward) in itertools.product(
+        enumerate(("queries", "seconds")), enumerate(rewards)
+    ):
+        ax = axes[line][column]
+        for number, (key, method) in enumerate(METHODS.items()):
+            runs = {}
+            for row in rows:
+                if (row["method"], row["reward"]) == (key, reward):
+                    runs.setdefault(row["seed"], []).append((float(row[axis]), float(row["mean"])))
+            if not runs:
+                continue
+            label = f"{method.label} ({len(runs)})" if not line and not column else None
+            length = min(len(points) for points in runs.values())
+            points = np.array([run[:length] for run in runs.values()])  # (seeds, evaluations, 2)
+            x, y = points[..., 0].mean(0), points[..., 1]
+            ax.plot(x, y.mean(0), color=f"C{number}", marker=".", label=label)
+            ax.fill_between(x, y.min(0), y.max(0), color=f"C{number}", alpha=0.2)
+        ax.set_xlabel({"queries": "videos scored", "seconds": "seconds of updates, one core"}[axis])
+        ax.set_title(reward if not line else "")
+    axes[0][0].set_ylabel("held-out reward")
+    axes[1][0].set_ylabel("held-out reward")
+    plot.legend(loc="outside lower center", ncols=4, title="mean and range over seeds (their number)")
+    plot.savefig(file, dpi=110)
+
+
+def sweep(methods: list[str]):
+    """Four trials of each method on aesthetic, seed 100, in 300 seconds of updates each: bench/sweep.csv."""
+    found = []
+    for key in methods:
+        method = METHODS[key]
+        for lr, batch in itertools.product(method.rates, method.batches):
+            name = f"sweep-{key}-{lr:g}-" + "-".join(str(n) for n in batch.values())
+            trial = dataclasses.replace(method, settings=method.settings | batch | {"lr": lr})
+            rows = train(name, trial, "aesthetic", 100, seconds_limit=300)
+            last = table_rows((key, "aesthetic", 100), rows)[-1]
+            found.append({"lr": f"{lr:g}", "videos at once": batch["batch_size"]} | last)
+    for row in merge(HERE / "sweep.csv", found, ("method", "lr", "videos at once")):
+        print(row)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--rewards", nargs="+", choices=REWARDS, default=list(REWARDS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--sweep", action="store_true", help="tune instead of comparing")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.sweep:
+        return sweep(args.methods)
+    found = []
+    for seed, reward, method in itertools.product(args.seeds, args.rewards, args.methods):
+        name = method, reward, seed
+        found += table_rows(name, train("-".join(map(str, name)), METHODS[method], reward, seed))
+    figure(merge(HERE / "efficiency.csv", found, ("method", "reward", "seed")), HERE / "efficiency.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""What to differentiate: the same seconds of updates for each way of getting a gradient out of a sampler.
+
+    python bench/estimators.py                          # 2 rewards x 7 ways x 2 seeds, 2 hours on one core
+    python bench/estimators.py --rewards aesthetic      # only this one; finished runs are kept
+
+Writes bench/estimators.csv: updates made in the time, the gain in held-out reward with its paired standard
+error, and what became of motion (`dynamic`) and of the diversity of one prompt's samples (`diversity` of
+bench/generalise.py), as a share of the base model's. Tiny model, 5 steps, learning rate and batch the same.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from pathlib import Path
+
+import efficiency
+import generalise
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import vader  # noqa: E402 (needs the line above)
+
+SECONDS = 180
+DRAWS = 4
+
+
+def renoise(schedule, latents, generator):
+    """The clean latents noised to where the last step starts.
+
+    For DDIM on noise prediction: x = alpha x0 + sigma noise, with p = 1 / alpha and q = -sigma / alpha.
+    """
+    alpha, sigma = float(1 / schedule.p[-1]), float(-schedule.q[-1] / schedule.p[-1])
+    clean = latents[-1]
+    return alpha * clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
+
+
+def redraw_update(run, prompts, step, optimizer) -> dict:
+    """DRaFT-LV (Clark et al. 2023, sec. 4.2): DRAWS times, noise the clean video anew and redo the last step.
+
+    As `vader.update`, where each draw has the reward's gradient of its own clean video.
+    """
+    cfg, model, schedule, start = run.cfg, run.model, run.schedule, time.time()
+    chosen = vader.batch_prompts(prompts, cfg, step)
+    generator = vader.generator_for(cfg.seed, step, "redraw")
+    noise = torch.randn(len(chosen), *model.latent_shape(cfg), generator=generator).to(model.device)
+    cond, uncond = vader.collate(run.conds, chosen)
+    picks = vader.pick_frames(cfg, run.terms, generator, model.time)
+    with vader.merged(model):
+        latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
+    one_step = vader.Schedule(**{name: getattr(schedule, name)[-1:] for name in "tabcpqs"})
+    optimizer.zero_grad()
+    rewards = []
+    for _ in range(DRAWS):
+        x = renoise(schedule, latents, generator)
+        with vader.merged(model):
+            redone = vader.rollout(model, one_step, x, cond, uncond, cfg.guidance_scale)
+        found, g = vader.score(model, run.terms, redone[-1], chosen, picks)
+        vader.walk_back(model, one_step, redone, g / DRAWS, cond, uncond, [0], cfg)
+        rewards.append(found["reward"])
+    torch.nn.utils.clip_grad_norm_(list(vader.lora_parameters(model).values()), cfg.max_grad_norm)
+    optimizer.step()
+    row = {"reward": torch.cat(rewards).mean().item(), "queries": DRAWS * len(chosen)}
+    return row | {"seconds": time.time() - start}
+
+
+COMMON = dict(lr=1e-3, batch_size=2)
+LAST = dict(backprop_steps=3, grad_steps="last")
+WAYS = {
+    "last step (VADER)": (efficiency.vader_update, {}),
+    "last step, without unconditional branch": (efficiency.vader_update, {"detach_uncond": True}),
+    "last step, leading spacing": (efficiency.vader_update, {"timestep_spacing": "leading"}),
+    "last 3, exact (DRaFT-K)": (efficiency.vader_update, LAST),
+    "last 3, coupling 0.3 (LeapAlign)": (efficiency.vader_update, LAST | {"coupling": 0.3}),
+    "3 spread, detached (DRTune)": (efficiency.vader_update, efficiency.BEST),
+    "last step, redrawn 4 times (DRaFT-LV)": (redraw_update, {}),
+}
+
+
+def measure(way: str, reward: str, seed: int, seconds=SECONDS, samples=64) -> dict:
+    """One row: a run of that many seconds, and what its LoRA does."""
+    update, settings = WAYS[way]
+    settings = COMMON | settings
+    method = efficiency.Method(way, update, settings, 10**9)
+    name = "estimator-" + "-".join(word for word in (*way.replace(",", "").split(), reward, str(seed)))
+    rows = efficiency.train(name, method, reward, seed, evaluate_every=10**9, seconds_limit=seconds)
+    run, _, _, held_out, judge = efficiency.open_run(settings, f"{reward} + 0*dynamic", seed)
+    state = torch.load(efficiency.RUNS / name / "state.pt", weights_only=True)
+    figures = []
+    for weights in ({n: torch.zeros_like(p) for n, p in state["lora"].items()}, state["lora"]):
+        with vader.swapped(run.model, weights):
+            moved = generalise.judge(judge, held_out)["dynamic"].mean()
+            figures.append((moved, generalise.diversity(judge, held_out[0], samples)))
+    (base_motion, base_spread), (motion, spread) = figures
+    gain = np.subtract(rows[-1]["values"], rows[0]["values"])
+    error = gain.std(ddof=1) / len(gain) ** 0.5
+    row = {"way": way, "reward": reward, "seed": seed, "updates": rows[-1]["step"]}
+    row |= {"gain": f"{gain.mean():.3f}", "error": f"{error:.3f}", "motion": f"{motion / base_motion:.2f}"}
+    return row | {"diversity": f"{spread / base_spread:.2f}"}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rewards", nargs="+", default=["aesthetic", "hps"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    found = []
+    for seed, reward, way in itertools.product(args.seeds, args.rewards, WAYS):
+        found.append(measure(way, reward, seed))
+        print(found[-1], flush=True)
+        efficiency.merge(HERE / "estimators.csv", found, ("reward", "way", "seed"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""One graph through sampler, VAE and reward, as the paper's code makes it, next to our cut one.
+
+    python bench/reference.py                    # tiny model, K = 1, 2, 4, 8 of 10 steps, 5 pairs, 10 minutes
+
+Both get the same modules, LoRA, noise, prompts and frames. Writes bench/reference.csv: the relative
+difference of the gradients, the peak of live storages beyond the weights, and seconds, as ratios in one run.
+Ours with and without checkpointing; one graph without, as in the paper's code on this model, which has none.
+"""
+
+import argparse
+import csv
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import vader  # noqa: E402 (needs the line above)
+
+
+def one_graph(run, noise, prompts: list[str], picks: list[int], K: int, coupled=True):
+    """Add the loss's LoRA gradients by plain autograd through the last K steps; returns the rewards.
+
+    noise: (B, C, F, H, W); coupled: through the steps' inputs too. cfg.detach_uncond is followed.
+    """
+    cfg, model, schedule = run.cfg, run.model, run.schedule
+    cond, uncond = vader.collate(run.conds, prompts)
+    both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
+    x, w = schedule.start * noise, model.guidance(cfg.guidance_scale, noise.shape[2])
+    for i in range(len(schedule)):
+        with torch.set_grad_enabled(i >= len(schedule) - K):
+            seen = x if coupled else x.detach()
+            scaled = float(schedule.c[i]) * torch.cat([seen, seen])
+            f_uncond, f_cond = model.denoise(scaled, schedule.t[i], both).chunk(2)
+            f_uncond = f_uncond.detach() if cfg.detach_uncond else f_uncond
+            x = float(schedule.a[i]) * x + float(schedule.b[i]) * (f_uncond + w * (f_cond - f_uncond))
+    video = model.decode(x, picks)
+    values = sum(weight * reward(video, prompts) for weight, reward in run.terms.values())
+    (-values.mean()).backward()
+    return values.detach()
+
+
+def cut(run, noise, prompts: list[str], picks: list[int], K: int):
+    """The same by the trainer's rollout, score and walk back."""
+    cfg, model, schedule = run.cfg, run.model, run.schedule
+    cond, uncond = vader.collate(run.conds, prompts)
+    with vader.merged(model):
+        latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
+    found, g = vader.score(model, run.terms, latents[-1], prompts, picks)
+    trained = list(range(len(schedule) - K, len(schedule)))
+    vader.walk_back(model, schedule, latents, g, cond, uncond, trained, cfg)
+    return found["reward"]
+
+
+def gradient(run, way, *given):
+    """The LoRA's gradient of a way as one vector, the way's peak in MB, and its seconds."""
+    parameters = list(vader.lora_parameters(run.model).values())
+    for p in parameters:
+        p.grad = None
+    start = time.perf_counter()
+    way(run, *given)
+    seconds = time.perf_counter() - start
+    vector = torch.cat([p.grad.flatten().double() for p in parameters])
+    for p in parameters:
+        p.grad = None
+    with vader.LiveStorages() as memory:
+        way(run, *given)
+    return vector, memory.peak / 1e6, seconds
+
+
+def compare(cfg, steps: tuple[int, ...], pairs: int) -> list[dict]:
+    """A row for each K: gradient difference, MB of both and of ours checkpointed, median ratio of seconds."""
+    cfg, source, family = vader.resolve(cfg)
+    prompts = vader.read_prompts(cfg.prompts)[: cfg.batch_size]
+    run = vader.load_run(cfg, source, family, prompts)
+    torch.manual_seed(1)
+    for name, p in vader.lora_parameters(
+        run.model
+    ).items():  # away from its start, where half has no gradient
+        p.data.normal_(std=0.05 if "lora_B" in name else 0.2)
+    noise = torch.randn(
+        len(prompts), *run.model.latent_shape(cfg), generator=vader.generator_for("reference")
+    )
+    rows = []
+    for K in steps:
+        found = [
+            [gradient(run, way, noise, prompts, [0], K) for way in (one_graph, cut)] for _ in range(pairs)
+        ]
+        (one, one_peak, _), (ours, our_peak, _) = found[0]
+        ratios = [pair[1][2] / pair[0][2] for pair in found]
+        row = {"K": K, "gradient difference": f"{(ours - one).norm() / one.norm():.1e}"}
+        row |= {"one graph MB": f"{one_peak:.1f}", "cut MB": f"{our_peak:.1f}"}
+        row |= {"seconds ratio": f"{np.median(ratios):.2f}", "from": f"{min(ratios):.2f}"}
+        rows.append(row | {"to": f"{max(ratios):.2f}"})
+        print(rows[-1], flush=True)
+    run.model.recompute()
+    for row in rows:
+        _, peak, _ = gradient(run, cut, noise, prompts, [0], row["K"])
+        row["cut and checkpointed MB"] = f"{peak:.1f}"
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--pairs", type=int, default=5)
+    args = parser.parse_args()
+    cfg = vader.Config(model=args.model, prompts=str(HERE.parent / "prompts.txt"))
+    rows = compare(cfg, (1, 2, 4, 8), args.pairs)
+    with open(HERE / "reference.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, rows[0])
+        table.writeheader()
+        table.writerows(rows)
+
+
+if __name__ == "__main__":
+    main()
