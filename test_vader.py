@@ -934,13 +934,12 @@ def test_which_steps_train():
     assert len(random) > 1 and all(len(set(steps)) == 3 for steps in random)
 
 
-def test_svd_trains_steps_that_move_the_video(checkpoints):
-    cfg, source, family = vader.resolve(
-        Config(model=str(checkpoints("svd")), prompts="x", height=32, width=32)
-    )
+@pytest.mark.parametrize("kind", ["svd", "wan"])
+def test_where_the_last_step_hardly_moves_the_video_another_trains(kind, checkpoints):
+    cfg, source, family = vader.resolve(Config(model=str(checkpoints(kind)), height=32, width=32))
     schedule = family(source, "cpu", torch.float32).schedule(cfg)
     (step,) = vader.trained_steps(cfg, None, schedule)
-    assert schedule.leverage(step) > 0.2 and schedule.leverage(len(schedule) - 1) < 0.01
+    assert schedule.leverage(step) > 0.09 and schedule.leverage(len(schedule) - 1) < 0.01
 
 
 def peak_of_an_update(cfg):
