@@ -207,6 +207,10 @@ def test_the_tables_of_the_readme_are_the_measured_ones():
         assert [row["reward"], *(f"{float(n):+.3f}" if n == row["gain"] else n for n in numbers)] in [
             line[:5] for line in cells
         ]
+    for row in table("reference"):
+        memory = [row[name] for name in ("one graph MB", "cut MB", "cut and checkpointed MB")]
+        ratio = f"{row['seconds ratio']} ({row['from']} to {row['to']})"
+        assert [row["K"], row["gradient difference"], *memory, ratio] in cells
     peaks = {(row["model"], row["reward"], row["offload"]): row["peak"] for row in table("memory")}
     models = {model for model, *_ in peaks}
     assert models == set(vader.PRESETS) - set(vader.TINY)
