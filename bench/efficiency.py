@@ -1,6 +1,6 @@
 """Reward on held-out prompts against reward queries and seconds: VADER, our best setting, DDPO, DPO.
 
-    python bench/efficiency.py                        # every run, then efficiency.csv and efficiency.png
+    python bench/efficiency.py                        # every run, about 8 hours of a core (estimated): efficiency.csv, .png
     python bench/efficiency.py --rewards hps          # only these rewards' runs (--methods, --seeds likewise)
     python bench/efficiency.py --sweep                # learning rate x videos per update, then sweep.csv
 
@@ -66,7 +66,7 @@ class Method:
 
 
 TWO_OR_FOUR = ({"batch_size": 2}, {"batch_size": 4})
-# the settings are those that won the sweep
+# settings to start from: the sweep has not been run yet
 METHODS = {
     "vader": Method(
         "VADER, K = 1", vader_update, {"lr": 1e-3, "batch_size": 2}, 160, (1e-3, 3e-3), TWO_OR_FOUR

@@ -1,6 +1,6 @@
 """Does what was learned carry over to prompts that were never trained on, and where is it too much?
 
-    python bench/generalise.py                    # three rewards, 40 minutes on 2 cores
+    python bench/generalise.py                    # three rewards, 40 minutes on 2 cores (estimated)
     python bench/generalise.py --rewards hps      # only this one
 
 Trains the tiny model on each reward on prompts.txt without the words of HELD_OUT, and makes videos of three

@@ -1,6 +1,6 @@
 """One graph through sampler, VAE and reward, as the paper's code makes it, next to our cut one.
 
-    python bench/reference.py                    # tiny model, K = 1, 2, 4, 8 of 10 steps, 5 pairs, 10 minutes
+    python bench/reference.py                    # tiny model, K = 1, 2, 4, 8 of 10 steps, 5 pairs, 5 minutes
 
 Both get the same modules, LoRA, noise, prompts and frames. Writes bench/reference.csv: the relative
 difference of the gradients, the peak of live storages beyond the weights, and seconds, as ratios in one run.
