@@ -1,6 +1,6 @@
 """Reward on held-out prompts against reward queries and seconds: VADER, our best setting, DDPO, DPO.
 
-    python bench/efficiency.py                        # every run, about 8 hours of a core (estimated): efficiency.csv, .png
+    python bench/efficiency.py                        # every run, about 8 hours of a core (estimated)
     python bench/efficiency.py --rewards hps          # only these rewards' runs (--methods, --seeds likewise)
     python bench/efficiency.py --sweep                # learning rate x videos per update, then sweep.csv
 

@@ -1,6 +1,6 @@
 """What to differentiate: the same seconds of updates for each way of getting a gradient out of a sampler.
 
-    python bench/estimators.py                          # 2 rewards x 7 ways x 2 seeds, 2 hours of a core (estimated)
+    python bench/estimators.py                          # 2 rewards x 7 ways x 2 seeds, 2 hours (estimated)
     python bench/estimators.py --rewards aesthetic      # only this one; finished runs are kept
 
 Writes bench/estimators.csv: updates made in the time, the gain in held-out reward with its paired standard
