@@ -831,21 +831,9 @@ def test_a_lora_of_another_model_is_refused(settings, tmp_path, capsys):
 # ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
 
 
-def autograd_gradient(model, schedule, cfg, terms, prompts, noise, cond, uncond, frames, K, coupled):
+def autograd_gradient(model, *given):
     """The same gradient by one plain graph through sampler, VAE and reward."""
-    x, T = schedule.start * noise, cfg.num_inference_steps
-    w = model.guidance(cfg.guidance_scale, noise.shape[2])
-    both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
-    for i in range(T):
-        with torch.set_grad_enabled(i >= T - K):
-            seen = x if coupled else x.detach()
-            scaled = float(schedule.c[i]) * torch.cat([seen, seen])
-            f_uncond, f_cond = model.denoise(scaled, schedule.t[i], both).chunk(2)
-            f_uncond = f_uncond.detach() if cfg.detach_uncond else f_uncond
-            f = f_uncond + w * (f_cond - f_uncond)
-            x = float(schedule.a[i]) * x + float(schedule.b[i]) * f
-    video = model.decode(x, frames)
-    (-sum(weight * reward(video, prompts) for weight, reward in terms.values()).mean()).backward()
+    reference.one_graph(model, *given)
     return gradients(model)
 
 

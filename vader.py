@@ -1329,6 +1329,14 @@ def write_video(path: Path, video):
     iio.imwrite(path, frames, plugin="FFMPEG", fps=8, codec="libx264", quality=9, macro_block_size=2)
 
 
+def decode_whole(model, latents, chunk: int):
+    """All frames, (B, F, 3, H, W), of latents (B, C, F, H, W), `chunk` at once."""
+    # a VAE that compresses time decodes frame after frame by itself, and best in one go
+    size = chunk if model.time == 1 else latents.shape[2]
+    chunks = torch.arange(latents.shape[2]).split(size)
+    return torch.cat([model.decode(latents, picks.tolist()) for picks in chunks], dim=1)
+
+
 @torch.no_grad()
 def make_videos(run: Run, prompts: list[str], first=0):
     """A whole video per prompt, (B, F, 3, H, W) float32 in [0, 1]; number `first` + n has noise n."""
@@ -1339,10 +1347,7 @@ def make_videos(run: Run, prompts: list[str], first=0):
     cond, uncond = collate(run.conds, prompts)
     clean = rollout(model, run.schedule, noise, cond, uncond, cfg.guidance_scale, draws[0])[-1]
     bring(run, denoiser=not cfg.offload, scoring=True)
-    # a VAE that compresses time decodes frame after frame by itself, and best in one go
-    size = cfg.decode_chunk if model.time == 1 else clean.shape[2]
-    chunks = torch.arange(clean.shape[2]).split(size)
-    return torch.cat([model.decode(clean, chunk.tolist()) for chunk in chunks], dim=1)
+    return decode_whole(model, clean, cfg.decode_chunk)
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def collect(run, prompt: str, key: int) -> dict:
     noise = torch.randn(cfg.batch_size, *model.latent_shape(cfg), generator=generator).to(model.device)
     given = *vader.collate(run.conds, prompts), cfg.guidance_scale
     latents = vader.rollout(model, run.schedule, noise, *given, generator)
-    frames = torch.cat([model.decode(latents[-1], [n]) for n in range(latents[-1].shape[2])], dim=1)
+    frames = vader.decode_whole(model, latents[-1], cfg.decode_chunk)
     rewards = vader.compute_rewards(run.terms, frames, prompts, cfg.decode_chunk)["reward"]
     return {"latents": latents, "given": given, "rewards": rewards}
 

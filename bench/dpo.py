@@ -1,8 +1,8 @@
 """Diffusion-DPO (Wallace et al. 2023, arXiv 2311.12908), online: preferences between a model's own videos.
 
 Each update makes `batch_size` pairs of videos, both of a pair from the same prompt, lets the reward say which
-is better, and takes AdamW steps that make the denoiser fit the better video's noise more, and the worse one's
-less, than the reference does. The reference is the model with its LoRA off.
+is better, and takes an AdamW step that makes the denoiser fit the better video's noise more, and the worse
+one's less, than the reference does. The reference is the model with its LoRA off.
 
 `update` has the place and arguments of vader.update; bench/efficiency.py runs it. For models whose scheduler
 is DDIM's (noise or v prediction).
@@ -18,7 +18,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import vader  # noqa: E402 (needs the line above)
 
-BETA = 5000.0  # strength of the pull to the reference, as in the paper's SD 1.5 runs
+BETA = 5000.0  # strength of the pull to the reference, as in the paper's SDXL runs
 
 
 @torch.no_grad()
@@ -32,7 +32,7 @@ def collect(run, prompts: list[str], key: int):
     noise = torch.randn(len(both), *model.latent_shape(cfg), generator=generator).to(model.device)
     cond, uncond = vader.collate(run.conds, both)
     clean = vader.rollout(model, run.schedule, noise, cond, uncond, cfg.guidance_scale, generator)[-1]
-    frames = torch.cat([model.decode(clean, [n]) for n in range(clean.shape[2])], dim=1)
+    frames = vader.decode_whole(model, clean, cfg.decode_chunk)
     rewards = vader.compute_rewards(run.terms, frames, both, cfg.decode_chunk)["reward"]
     one, other = clean.chunk(2)
     first = (rewards[: len(prompts)] >= rewards[len(prompts) :])[:, None, None, None, None]

@@ -21,15 +21,13 @@ sys.path.insert(0, str(HERE.parent))
 import vader  # noqa: E402 (needs the line above)
 
 
-def one_graph(run, noise, prompts: list[str], picks: list[int], K: int, coupled=True):
-    """Add the loss's LoRA gradients by plain autograd through the last K steps; returns the rewards.
+def one_graph(model, schedule, cfg, terms, prompts, noise, cond, uncond, picks, K: int, coupled=True):
+    """Add the loss's LoRA gradients by plain autograd through the last K steps.
 
     noise: (B, C, F, H, W); coupled: through the steps' inputs too. cfg.detach_uncond is followed.
     """
-    cfg, model, schedule = run.cfg, run.model, run.schedule
-    cond, uncond = vader.collate(run.conds, prompts)
-    both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
     x, w = schedule.start * noise, model.guidance(cfg.guidance_scale, noise.shape[2])
+    both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
     for i in range(len(schedule)):
         with torch.set_grad_enabled(i >= len(schedule) - K):
             seen = x if coupled else x.detach()
@@ -38,36 +36,31 @@ def one_graph(run, noise, prompts: list[str], picks: list[int], K: int, coupled=
             f_uncond = f_uncond.detach() if cfg.detach_uncond else f_uncond
             x = float(schedule.a[i]) * x + float(schedule.b[i]) * (f_uncond + w * (f_cond - f_uncond))
     video = model.decode(x, picks)
-    values = sum(weight * reward(video, prompts) for weight, reward in run.terms.values())
-    (-values.mean()).backward()
-    return values.detach()
+    (-sum(weight * reward(video, prompts) for weight, reward in terms.values()).mean()).backward()
 
 
-def cut(run, noise, prompts: list[str], picks: list[int], K: int):
+def cut(model, schedule, cfg, terms, prompts, noise, cond, uncond, picks, K: int):
     """The same by the trainer's rollout, score and walk back."""
-    cfg, model, schedule = run.cfg, run.model, run.schedule
-    cond, uncond = vader.collate(run.conds, prompts)
     with vader.merged(model):
         latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
-    found, g = vader.score(model, run.terms, latents[-1], prompts, picks)
+    _, g = vader.score(model, terms, latents[-1], prompts, picks)
     trained = list(range(len(schedule) - K, len(schedule)))
     vader.walk_back(model, schedule, latents, g, cond, uncond, trained, cfg)
-    return found["reward"]
 
 
-def gradient(run, way, *given):
+def gradient(way, model, *given):
     """The LoRA's gradient of a way as one vector, the way's peak in MB, and its seconds."""
-    parameters = list(vader.lora_parameters(run.model).values())
+    parameters = list(vader.lora_parameters(model).values())
     for p in parameters:
         p.grad = None
     start = time.perf_counter()
-    way(run, *given)
+    way(model, *given)
     seconds = time.perf_counter() - start
     vector = torch.cat([p.grad.flatten().double() for p in parameters])
     for p in parameters:
         p.grad = None
     with vader.LiveStorages() as memory:
-        way(run, *given)
+        way(model, *given)
     return vector, memory.peak / 1e6, seconds
 
 
@@ -84,11 +77,10 @@ def compare(cfg, steps: tuple[int, ...], pairs: int) -> list[dict]:
     noise = torch.randn(
         len(prompts), *run.model.latent_shape(cfg), generator=vader.generator_for("reference")
     )
+    given = run.model, run.schedule, cfg, run.terms, prompts, noise, *vader.collate(run.conds, prompts), [0]
     rows = []
     for K in steps:
-        found = [
-            [gradient(run, way, noise, prompts, [0], K) for way in (one_graph, cut)] for _ in range(pairs)
-        ]
+        found = [[gradient(way, *given, K) for way in (one_graph, cut)] for _ in range(pairs)]
         (one, one_peak, _), (ours, our_peak, _) = found[0]
         ratios = [pair[1][2] / pair[0][2] for pair in found]
         row = {"K": K, "gradient difference": f"{(ours - one).norm() / one.norm():.1e}"}
@@ -98,7 +90,7 @@ def compare(cfg, steps: tuple[int, ...], pairs: int) -> list[dict]:
         print(rows[-1], flush=True)
     run.model.recompute()
     for row in rows:
-        _, peak, _ = gradient(run, cut, noise, prompts, [0], row["K"])
+        _, peak, _ = gradient(cut, *given, row["K"])
         row["cut and checkpointed MB"] = f"{peak:.1f}"
     return rows
 
