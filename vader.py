@@ -97,7 +97,6 @@ class BadInput(ValueError):
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = HERE / "configs"  # of the models and rewards, without weights: for --plan
-HOST = "cpu"  # where idle parts wait
 
 
 # ---- 1. Config and command line ----------------------------------------------------------------------------
@@ -1272,14 +1271,18 @@ class Run:
     moving: float = 0.0  # seconds spent moving weights between device and host
 
 
+def parts(run: Run) -> list[tuple[torch.nn.Module, bool]]:
+    """The networks that are loaded, each with whether it scores (VAE, rewards) or not (denoiser)."""
+    networks = [n for _, reward in run.terms.values() for n in getattr(reward, "networks", ())]
+    found = [(run.model.denoiser, False), (run.model.vae, True), *((n, True) for n in networks)]
+    return [(part, scores) for part, scores in found if part is not None]
+
+
 def bring(run: Run, denoiser=False, scoring=False):
     """Put the denoiser, or the VAE and the rewards, or both, on the device; all that is idle on the host."""
-    start, parts = time.time(), [(scoring, run.model.vae), (denoiser, run.model.denoiser)]
-    for _, reward in run.terms.values():
-        parts += [(scoring, network) for network in getattr(reward, "networks", ())]
-    for wanted, part in sorted(parts, key=lambda entry: entry[0]):  # first make room
-        if part is not None:
-            part.to(run.model.device if wanted else HOST)
+    start, wanted = time.time(), {False: denoiser, True: scoring}
+    for part, scores in sorted(parts(run), key=lambda entry: wanted[entry[1]]):  # first make room
+        part.to(run.model.device if wanted[scores] else "cpu")
     run.moving += time.time() - start
 
 
@@ -1653,53 +1656,34 @@ def compare(cfg: Config):
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of all storages alive that were made inside, except on the host, and their peak."""
+    """Counts the bytes of all storages alive that were made inside, and their peak."""
 
     def __init__(self):
         super().__init__()
-        self.alive, self.hosted, self.now, self.peak = {}, set(), 0, 0
-        self.on_host = False  # is that where things are being made
+        self.sizes, self.now, self.peak = {}, 0, 0
 
     def free(self, key):
-        size = self.alive.pop(key)
-        self.now -= 0 if key in self.hosted else size
-        self.hosted.discard(key)
-
-    def move(self, tensor, to_host: bool):
-        key = tensor.untyped_storage()._cdata
-        if key in self.alive and to_host != (key in self.hosted):
-            self.now += -self.alive[key] if to_host else self.alive[key]
-            (self.hosted.add if to_host else self.hosted.discard)(key)
-            self.peak = max(self.peak, self.now)
+        self.now -= self.sizes.pop(key)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                key = storage._cdata
-                if key not in self.alive:
-                    self.alive[key] = storage.nbytes()
-                    self.now += 0 if self.on_host else storage.nbytes()
-                    self.hosted.update([key] if self.on_host else [])
-                    weakref.finalize(storage, self.free, key)
+                if storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage._cdata)
         self.peak = max(self.peak, self.now)
         return result
 
-    def phase(self) -> float:
-        """The peak since the last call, in GB."""
-        gc.collect()
-        peak, self.peak = self.peak, self.now
-        return peak / 1e9
-
 
 @contextlib.contextmanager
-def without_weights(memory: LiveStorages):
+def without_weights():
     """Inside, networks are built from their config files alone, and a tokenizer gives its greatest length."""
 
     def network(cls, folder, subfolder="", dtype=torch.float32, **_):
-        folder = Path(folder) / subfolder
-        before, memory.on_host = torch.get_default_dtype(), True  # where weights are read from files
+        folder, before = Path(folder) / subfolder, torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
             if issubclass(cls, diffusers.ModelMixin):
@@ -1709,20 +1693,17 @@ def without_weights(memory: LiveStorages):
             return built
         finally:
             torch.set_default_dtype(before)
-            memory.on_host = False
 
     def to(self, *args, **_):
         # tensors without content can't be exchanged in place, as Module.to does
         dtype = next((arg for arg in args if isinstance(arg, torch.dtype)), None)
-        for module in self.modules():
-            for name, p in module._parameters.items():
-                if dtype and p is not None and p.dtype != dtype:
-                    module._parameters[name] = torch.nn.Parameter(p.detach().to(dtype), p.requires_grad)
-            for name, b in module._buffers.items():
-                if dtype and b is not None and b.is_floating_point():
-                    module._buffers[name] = b.to(dtype)
-        for tensor in (*self.parameters(), *self.buffers()):
-            memory.move(tensor, HOST in args)
+        for module in self.modules() if dtype else ():
+            for name, p in [*module._parameters.items(), *module._buffers.items()]:
+                if p is not None and p.is_floating_point() and p.dtype != dtype:
+                    cast = p.detach().to(dtype)
+                    if isinstance(p, torch.nn.Parameter):
+                        cast = torch.nn.Parameter(cast, p.requires_grad)
+                    setattr(module, name, cast)
         return self
 
     def tokenizer(cls, folder, **_):
@@ -1773,8 +1754,7 @@ def without_weights(memory: LiveStorages):
             (rewards, "hf_hub_download", lambda *names: "/".join(names)),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
-        for name, value in (("HOST", "host"), ("pick_frames", real(pick_frames))):
-            stack.enter_context(mock.patch.dict(globals(), {name: value}))
+        stack.enter_context(mock.patch.dict(globals(), pick_frames=real(pick_frames)))
         yield
 
 
@@ -1796,27 +1776,30 @@ def predict(cfg: Config) -> dict[str, float]:
     tables = {name: getattr(schedule, name)[-1:].tolist() for name in "abcpqs"}
     schedule = dataclasses.replace(schedule, t=schedule.t[-1:], **tables)
     cfg = dataclasses.replace(cfg, num_inference_steps=1, backprop_steps=1, grad_steps="last")
-    names = ["", "encoding prompts", "loading", "rollout", "score", "walk back"]
-    found, load_parts = {}, bring
+    names = iter(["start", "encoding prompts", "loading", "rollout", "score", "walk back", "optimiser"])
+    found, idle = {}, 0  # idle: bytes that wait on the host
 
     def mark(run, **wanted):  # a phase ends where other parts are wanted
-        found[names.pop(0)] = memory.phase()
-        load_parts(run, **wanted)
-        memory.peak = memory.now
+        nonlocal idle
+        gc.collect()
+        found[next(names)] = (memory.peak - idle) / 1e9
+        waiting = [part for part, scores in parts(run) if not wanted.get("scoring" if scores else "denoiser")]
+        waiting = {p for part in waiting for p in part.parameters()}
+        idle, memory.peak = sum(p.nbytes for p in waiting), memory.now
 
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveStorages() as memory, without_weights(memory):
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveStorages() as memory, without_weights():
         with (
             mock.patch.dict(globals(), bring=mark),
             mock.patch.object(family, "schedule", lambda *_: schedule),
         ):
             run = load_run(cfg, source, family, prompts)
             optimizer = make_optimizer(cfg, list(lora_parameters(run.model).values()))
-            found["all weights"] = memory.now / 1e9
+            found["all weights"] = (memory.now - idle) / 1e9
             micro_batch(run, prompts, 0, 0, torch.amp.GradScaler("cpu", enabled=False))
-            found[names.pop(0)] = memory.phase()
+            mark(run, denoiser=True, scoring=not cfg.offload)
             optimizer.step()
-            found["optimiser"] = memory.phase()
-    del found[""]
+            mark(run)
+    del found["start"]
     return found
 
 

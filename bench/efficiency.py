@@ -4,9 +4,9 @@
     python bench/efficiency.py --rewards hps          # only these rewards' runs (--methods, --seeds likewise)
     python bench/efficiency.py --sweep                # learning rate x videos per update, then sweep.csv
 
-On the tiny text-to-video model, 5 sampling steps for all. A query is one video scored. Seconds are those of
-the updates (evaluations left out), so only runs made side by side on the same machine compare; a run uses
-one thread, start several commands to use more cores. Each run keeps its rows and a checkpoint in
+On the tiny text-to-video model, 5 sampling steps for all. A query is one video scored. Seconds are the
+processor's in the updates (evaluations left out), on the one thread that a run uses: start several commands
+to use more cores, and compare only what one machine made. Each run keeps its rows and a checkpoint in
 runs/efficiency/ and goes on from there; the CSV keeps the rows of runs that are gone.
 VADER's image rewards see one frame of each video; DDPO and DPO, which pay no gradient, see all, which makes
 their reward less noisy. Evaluation is the same for all: DDIM without noise, all frames of 32 videos of
@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import ddpo
@@ -38,6 +39,7 @@ import matplotlib.pyplot as plt  # noqa: E402 (needs the line above)
 
 RUNS = HERE.parent / "runs" / "efficiency"
 REWARDS, SEEDS, VIDEOS = ("aesthetic", "hps", "action"), (0, 1, 2), 32
+MARKS = (0.25, 0.5, 1)
 BEST = dict(backprop_steps=3, grad_steps="spread", coupling=0.0)
 
 
@@ -65,29 +67,25 @@ class Method:
     batches: tuple = ()
 
 
-TWO_OR_FOUR = ({"batch_size": 2}, {"batch_size": 4})
+RATES, TWO_OR_FOUR = (1e-3, 3e-3), ({"batch_size": 2}, {"batch_size": 4})
 # settings to start from: the sweep has not been run yet
 METHODS = {
-    "vader": Method(
-        "VADER, K = 1", vader_update, {"lr": 1e-3, "batch_size": 2}, 160, (1e-3, 3e-3), TWO_OR_FOUR
-    ),
-    "best": Method(
-        "ours", vader_update, BEST | {"lr": 2e-3, "batch_size": 4}, 160, (1e-3, 2e-3), TWO_OR_FOUR
-    ),
+    "vader": Method("VADER, K = 1", vader_update, {"lr": 1e-3, "batch_size": 2}, 96, RATES, TWO_OR_FOUR),
+    "best": Method("ours", vader_update, BEST | {"lr": 2e-3, "batch_size": 4}, 96, RATES, TWO_OR_FOUR),
     "ddpo": Method(
         "DDPO",
         functools.partial(ddpo.update, epochs=2),
         {"eta": 1.0, "lr": 1e-3, "batch_size": 8, "grad_accum": 2},
-        480,
-        (3e-4, 1e-3),
+        240,
+        RATES,
         ({"batch_size": 4, "grad_accum": 2}, {"batch_size": 8, "grad_accum": 2}),
     ),
     "dpo": Method(
         "DPO",
         functools.partial(dpo.update, draws=4),
         {"lr": 1e-3, "batch_size": 4},
-        480,
-        (3e-4, 1e-3),
+        240,
+        RATES,
         ({"batch_size": 4}, {"batch_size": 8}),
     ),
 }
@@ -107,9 +105,18 @@ def open_run(settings: dict, reward: str, seed: int):
     return run, optimizer, prompts, [held_out[n % len(held_out)] for n in range(VIDEOS)], judge
 
 
-def train(name: str, method: Method, reward: str, seed: int, evaluate_every=40, seconds_limit=math.inf):
+def base_values(judge, held_out: list[str], reward: str) -> list[float]:
+    """The rewards before any update: a new LoRA changes nothing, so they are the same for all runs."""
+    file = RUNS / f"base-{reward}-{judge.cfg.timestep_spacing}.json"
+    if not file.exists():
+        vader.write_text(file, json.dumps(vader.evaluate(judge, held_out, RUNS / "base")["reward"]))
+    return json.loads(file.read_text())
+
+
+def train(name: str, method: Method, reward: str, seed: int, marks=MARKS, seconds_limit=math.inf):
     """One run up to its queries or seconds; goes on from its last evaluation.
 
+    marks: shares of the queries after which to evaluate; so it does before the first update and at the end.
     Returns a row per evaluation: {"queries", "seconds", "step", "mean", "values": of every video}.
     """
     out = RUNS / name
@@ -131,8 +138,12 @@ def train(name: str, method: Method, reward: str, seed: int, evaluate_every=40, 
         run.model.denoiser.load_state_dict(state["lora"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
     while True:
-        if not rows or queries - rows[-1]["queries"] >= evaluate_every or over():
-            values = vader.evaluate(judge, held_out, out / f"{queries:04d}")["reward"]
+        passed = [queries >= mark * method.queries for mark in marks]
+        if not rows or sum(passed) >= len(rows) or over():
+            if rows:
+                values = vader.evaluate(judge, held_out, out / f"{queries:04d}")["reward"]
+            else:
+                values = base_values(judge, held_out, reward)
             row = {"queries": queries, "seconds": round(seconds, 1), "step": step}
             rows.append(row | {"mean": float(np.mean(values)), "values": values})
             state = {"lora": {n: p.detach() for n, p in weights.items()}, "optimizer": optimizer.state_dict()}
@@ -141,8 +152,10 @@ def train(name: str, method: Method, reward: str, seed: int, evaluate_every=40, 
             print(f"{name}: {queries} queries, {seconds:.0f} s, {rows[-1]['mean']:.3f}", flush=True)
         if over():
             return rows
+        start = time.process_time()
         row = method.update(run, prompts, step, optimizer)
-        queries, seconds, step = queries + row["queries"], seconds + row["seconds"], step + 1
+        queries, step = queries + row["queries"], step + 1
+        seconds += time.process_time() - start
 
 
 def table_rows(name: tuple, rows: list[dict]) -> list[dict]:
@@ -205,14 +218,15 @@ def figure(rows: list[dict], file: Path):
 
 
 def sweep(methods: list[str]):
-    """Four trials of each method on aesthetic, seed 100, in 300 seconds of updates each: bench/sweep.csv."""
+    """Four trials of each method on aesthetic, seed 100, in 100 seconds of updates each: bench/sweep.csv."""
     found = []
     for key in methods:
         method = METHODS[key]
         for lr, batch in itertools.product(method.rates, method.batches):
             name = f"sweep-{key}-{lr:g}-" + "-".join(str(n) for n in batch.values())
             trial = dataclasses.replace(method, settings=method.settings | batch | {"lr": lr})
-            rows = train(name, trial, "aesthetic", 100, seconds_limit=300)
+            trial.queries = 10**9
+            rows = train(name, trial, "aesthetic", 100, seconds_limit=100)
             last = table_rows((key, "aesthetic", 100), rows)[-1]
             found.append({"lr": f"{lr:g}", "videos at once": batch["batch_size"]} | last)
     for row in merge(HERE / "sweep.csv", found, ("method", "lr", "videos at once")):
