@@ -92,6 +92,7 @@ import dpo  # noqa: E402
 import efficiency  # noqa: E402
 import estimators  # noqa: E402
 import generalise  # noqa: E402
+import memory  # noqa: E402
 import reference  # noqa: E402
 
 TINY = HERE / "tiny" / "t2v"
@@ -1723,6 +1724,20 @@ def test_plan_follows_vjepa_and_offloading():
 # ---- bench -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["wan", "svd"])
+def test_measuring_makes_updates_from_configs(kind, checkpoints, monkeypatch):
+    """On the CPU, where nothing is measured but seconds; weights have content and the LoRA learns."""
+    runs, real = [], vader.update
+    monkeypatch.setattr(vader, "update", lambda run, *rest: runs.append(run) or real(run, *rest))
+    size = dict(height=32, width=32, num_frames=5, num_inference_steps=2)
+    cfg = Config(model=str(checkpoints(kind)), reward="aesthetic", reward_weights=TOY, **size)
+    monkeypatch.setattr(memory, "config", lambda *_: cfg)
+    row = memory.measure(kind, "aesthetic", False, device="cpu", updates=2)
+    assert float(row["seconds per update"]) >= 0 and len(runs) == 2
+    learned = [p for name, p in vader.lora_parameters(runs[0].model).items() if "lora_B" in name]
+    assert all(p.isfinite().all() for p in learned) and any(p.abs().max() > 0 for p in learned)
+
+
 @pytest.fixture
 def noisy(settings):
     """A small run with DDPO's sampler and groups of videos of one prompt."""
@@ -1828,7 +1843,7 @@ def test_efficiency_goes_on_where_it_stopped_and_draws_its_figure(bench, tmp_pat
     for key, queries in (("whole", (8,)), ("parts", (4, 8))):
         for n in queries:
             method = efficiency.Method("DPO", efficiency.METHODS["dpo"].update, changes, n)
-            rows = efficiency.train(key, method, "colorful", 0, evaluate_every=4)
+            rows = efficiency.train(key, method, "colorful", 0, marks=(0.5, 1))
         assert [row["queries"] for row in rows] == [0, 4, 8]
     whole, parts = (
         json.loads((tmp_path / "efficiency" / k / "rows.json").read_text()) for k in ("whole", "parts")

@@ -1758,10 +1758,9 @@ def without_weights():
         yield
 
 
-def predict(cfg: Config) -> dict[str, float]:
-    """The peak of each phase of one update in GB, from configs alone: its live storages, without content.
+def resolve_plan(cfg: Config) -> tuple[Config, str, type, list[Prompt]]:
+    """As `resolve`, in bf16 (or --dtype) as on a GPU, from configs alone; and prompts for one batch.
 
-    Counts what PyTorch's allocator is asked for, in bf16 (or --dtype); not its rounding, nor CUDA's own.
     Raises BadInput when there is no config of the model.
     """
     chosen = dict(device="cpu", checkpointing=True, dtype="bf16" if cfg.dtype == "auto" else cfg.dtype)
@@ -1771,6 +1770,16 @@ def predict(cfg: Config) -> dict[str, float]:
     prompts = [Prompt(f"prompt {n}") for n in range(cfg.batch_size)]
     for prompt in prompts if family.images == "must" else ():
         prompt.image = str(HERE / "tiny" / "photo-cat.jpg")
+    return cfg, source, family, prompts
+
+
+def predict(cfg: Config) -> dict[str, float]:
+    """The peak of each phase of one update in GB, from configs alone: its live storages, without content.
+
+    Counts what PyTorch's allocator is asked for; not its rounding, nor CUDA's own. Raises BadInput as
+    `resolve_plan`.
+    """
+    cfg, source, family, prompts = resolve_plan(cfg)
     # one step, the last, is enough; numbers, as tensors without content have none
     schedule = family(source, "cpu", DTYPES[cfg.dtype]).schedule(cfg)
     tables = {name: getattr(schedule, name)[-1:].tolist() for name in "abcpqs"}

@@ -39,8 +39,8 @@ import matplotlib.pyplot as plt  # noqa: E402 (needs the line above)
 
 RUNS = HERE.parent / "runs" / "efficiency"
 REWARDS, SEEDS, VIDEOS = ("aesthetic", "hps", "action"), (0, 1, 2), 32
-MARKS = (0.25, 0.5, 1)
-BEST = dict(backprop_steps=3, grad_steps="spread", coupling=0.0)
+STEPS, MARKS = 5, (0.25, 0.5, 1)  # of sampling; shares of the queries after which to evaluate
+BEST = dict(detach_uncond=True)
 
 
 def vader_update(run, prompts, step, optimizer) -> dict:
@@ -67,24 +67,25 @@ class Method:
     batches: tuple = ()
 
 
-RATES, TWO_OR_FOUR = (1e-3, 3e-3), ({"batch_size": 2}, {"batch_size": 4})
-# settings to start from: the sweep has not been run yet
+RATES = (1e-3, 3e-3)
+ONE_OR_TWO, TWO_OR_FOUR = ({"batch_size": 1}, {"batch_size": 2}), ({"batch_size": 2}, {"batch_size": 4})
+# learning rate and batch are the best of sweep.csv
 METHODS = {
-    "vader": Method("VADER, K = 1", vader_update, {"lr": 1e-3, "batch_size": 2}, 96, RATES, TWO_OR_FOUR),
-    "best": Method("ours", vader_update, BEST | {"lr": 2e-3, "batch_size": 4}, 96, RATES, TWO_OR_FOUR),
+    "vader": Method("VADER, K = 1", vader_update, {"lr": 3e-3, "batch_size": 2}, 80, RATES, TWO_OR_FOUR),
+    "best": Method("ours", vader_update, BEST | {"lr": 3e-3, "batch_size": 1}, 80, (3e-3, 1e-2), ONE_OR_TWO),
     "ddpo": Method(
         "DDPO",
         functools.partial(ddpo.update, epochs=2),
-        {"eta": 1.0, "lr": 1e-3, "batch_size": 8, "grad_accum": 2},
-        240,
+        {"eta": 1.0, "lr": 3e-3, "batch_size": 4, "grad_accum": 2},
+        200,
         RATES,
         ({"batch_size": 4, "grad_accum": 2}, {"batch_size": 8, "grad_accum": 2}),
     ),
     "dpo": Method(
         "DPO",
         functools.partial(dpo.update, draws=4),
-        {"lr": 1e-3, "batch_size": 4},
-        240,
+        {"lr": 3e-3, "batch_size": 4},
+        200,
         RATES,
         ({"batch_size": 4}, {"batch_size": 8}),
     ),
@@ -93,14 +94,14 @@ METHODS = {
 
 def open_run(settings: dict, reward: str, seed: int):
     """A vader.Run with these settings, its optimiser, prompts to train on, held-out ones, and the judge."""
-    common = dict(model="tiny", prompts=str(HERE.parent / "prompts.txt"), num_inference_steps=5)
+    common = dict(model="tiny", prompts=str(HERE.parent / "prompts.txt"), num_inference_steps=STEPS)
     cfg = vader.Config(reward=reward, seed=seed, **common | settings)
     cfg, source, family = vader.resolve(cfg)
     prompts, held_out = vader.split_prompts(cfg)
     run = vader.load_run(cfg, source, family, prompts + held_out)
     optimizer = vader.make_optimizer(cfg, list(vader.lora_parameters(run.model).values()))
     # everybody is judged by the same deterministic sampler and the same noise
-    quiet = dataclasses.replace(cfg, eta=0.0, seed=0, batch_size=4)
+    quiet = dataclasses.replace(cfg, eta=0.0, seed=0, batch_size=4, num_inference_steps=STEPS)
     judge = dataclasses.replace(run, cfg=quiet, schedule=run.model.schedule(quiet))
     return run, optimizer, prompts, [held_out[n % len(held_out)] for n in range(VIDEOS)], judge
 
@@ -187,6 +188,42 @@ def merge(file: Path, found: list[dict], keys: tuple) -> list[dict]:
     return rows
 
 
+def curves(rows: list[dict], key: str, reward: str, axis: str):
+    """A method's held-out rewards: x (evaluations,), y (seeds, evaluations); None if it has no runs."""
+    runs = {}
+    for row in rows:
+        if (row["method"], row["reward"]) == (key, reward):
+            runs.setdefault(row["seed"], []).append((float(row[axis]), float(row["mean"])))
+    if not runs:
+        return None
+    length = min(len(points) for points in runs.values())
+    points = np.array([run[:length] for run in runs.values()])
+    return points[..., 0].mean(0), points[..., 1]
+
+
+def summary(rows: list[dict]) -> list[dict]:
+    """A row per reward and method: the gain, and what it took to reach DDPO's best and VADER's end.
+
+    These are the first evaluations whose mean over seeds is as high; "-" where none is.
+    """
+    found = []
+    for reward, key in itertools.product(REWARDS, METHODS):
+        lines = {name: curves(rows, name, reward, "queries") for name in (key, "ddpo", "vader")}
+        if any(line is None for line in lines.values()):
+            continue
+        (queries, y), (seconds, _) = lines[key], curves(rows, key, reward, "seconds")
+        gains = y[:, -1] - y[:, 0]
+        spread = f"{gains.mean():+.3f} ({gains.min():+.3f} to {gains.max():+.3f})"
+        row = {"reward": reward, "method": METHODS[key].label, "seeds": len(y), "gain": spread}
+        row |= {"videos": f"{queries[-1]:.0f}", "seconds": f"{seconds[-1]:.0f}"}
+        goals = {"DDPO's best": lines["ddpo"][1].mean(0).max(), "VADER's end": lines["vader"][1].mean(0)[-1]}
+        for name, goal in goals.items():
+            there = np.flatnonzero(y.mean(0) >= goal)
+            row[name] = f"{queries[there[0]]:.0f} in {seconds[there[0]]:.0f} s" if len(there) else "-"
+        found.append(row)
+    return found
+
+
 def figure(rows: list[dict], file: Path):
     """Held-out reward against queries (top) and seconds (bottom), a column per reward; bands: all seeds."""
     rewards = [name for name in REWARDS if any(row["reward"] == name for row in rows)]
@@ -197,19 +234,14 @@ def figure(rows: list[dict], file: Path):
     ):
         ax = axes[line][column]
         for number, (key, method) in enumerate(METHODS.items()):
-            runs = {}
-            for row in rows:
-                if (row["method"], row["reward"]) == (key, reward):
-                    runs.setdefault(row["seed"], []).append((float(row[axis]), float(row["mean"])))
-            if not runs:
+            drawn = curves(rows, key, reward, axis)
+            if drawn is None:
                 continue
-            label = f"{method.label} ({len(runs)})" if not line and not column else None
-            length = min(len(points) for points in runs.values())
-            points = np.array([run[:length] for run in runs.values()])  # (seeds, evaluations, 2)
-            x, y = points[..., 0].mean(0), points[..., 1]
+            x, y = drawn
+            label = f"{method.label} ({len(y)})" if not line and not column else None
             ax.plot(x, y.mean(0), color=f"C{number}", marker=".", label=label)
             ax.fill_between(x, y.min(0), y.max(0), color=f"C{number}", alpha=0.2)
-        ax.set_xlabel({"queries": "videos scored", "seconds": "seconds of updates, one core"}[axis])
+        ax.set_xlabel({"queries": "videos scored", "seconds": "seconds of updates, one thread"}[axis])
         ax.set_title(reward if not line else "")
     axes[0][0].set_ylabel("held-out reward")
     axes[1][0].set_ylabel("held-out reward")
@@ -247,7 +279,9 @@ def main():
     for seed, reward, method in itertools.product(args.seeds, args.rewards, args.methods):
         name = method, reward, seed
         found += table_rows(name, train("-".join(map(str, name)), METHODS[method], reward, seed))
-    figure(merge(HERE / "efficiency.csv", found, ("method", "reward", "seed")), HERE / "efficiency.png")
+        rows = merge(HERE / "efficiency.csv", found, ("method", "reward", "seed"))
+    figure(rows, HERE / "efficiency.png")
+    merge(HERE / "reached.csv", summary(rows), ("reward", "method"))
 
 
 if __name__ == "__main__":

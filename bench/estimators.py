@@ -69,19 +69,22 @@ def redraw_update(run, prompts, step, optimizer) -> dict:
 
 COMMON = dict(lr=1e-3, batch_size=2)
 LAST = dict(backprop_steps=3, grad_steps="last")
+SPREAD = dict(backprop_steps=3, grad_steps="spread", coupling=0.0)
 WAYS = {
     "last step (VADER)": (efficiency.vader_update, {}),
     "last step, without unconditional branch": (efficiency.vader_update, {"detach_uncond": True}),
     "last step, leading spacing": (efficiency.vader_update, {"timestep_spacing": "leading"}),
+    "last step, of 3 sampling steps": (efficiency.vader_update, {"num_inference_steps": 3}),
     "last 3, exact (DRaFT-K)": (efficiency.vader_update, LAST),
     "last 3, coupling 0.3 (LeapAlign)": (efficiency.vader_update, LAST | {"coupling": 0.3}),
-    "3 spread, detached (DRTune)": (efficiency.vader_update, efficiency.BEST),
+    "3 spread, detached (DRTune)": (efficiency.vader_update, SPREAD),
     "last step, redrawn 4 times (DRaFT-LV)": (redraw_update, {}),
 }
 
 
 def looks(settings: dict, lora: dict | None, samples: int) -> tuple[float, float]:
     """Motion of the held-out prompts' videos, and the diversity of the first one's samples; None: base."""
+    settings = settings | {"num_inference_steps": efficiency.STEPS}
     key = settings.get("timestep_spacing", "trailing"), samples
     if lora is None and key in BASE:
         return BASE[key]

@@ -27,7 +27,7 @@ from rewards import IMAGENET_MEAN, IMAGENET_STD, make_terms, preprocess  # noqa:
 RUNS = HERE.parent / "runs" / "generalise"
 HELD_OUT = ("purple", "kite")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
-SETTINGS = dict(model="tiny", num_inference_steps=5) | efficiency.METHODS["best"].settings
+SETTINGS = dict(model="tiny") | efficiency.METHODS["best"].settings
 JUDGES = "aesthetic + hps + action + dynamic"
 
 
@@ -58,7 +58,8 @@ def train(reward: str, steps: int) -> Path:
 
 def load(lora: Path, prompts: list[str]):
     """A vader.Run with a trained LoRA and all judges."""
-    cfg = vader.Config(lora=str(lora), reward=JUDGES, mode="eval", **SETTINGS)
+    judged = SETTINGS | dict(batch_size=4, num_inference_steps=efficiency.STEPS)
+    cfg = vader.Config(lora=str(lora), reward=JUDGES, mode="eval", **judged)
     cfg, source, family = vader.resolve(cfg)
     return vader.load_run(cfg, source, family, prompts)
 
