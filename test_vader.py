@@ -212,6 +212,16 @@ def test_the_tables_of_the_readme_are_the_measured_ones():
         memory = [row[name] for name in ("one graph MB", "cut MB", "cut and checkpointed MB")]
         ratio = f"{row['seconds ratio']} ({row['from']} to {row['to']})"
         assert [row["K"], row["gradient difference"], *memory, ratio] in cells
+    for row in table("reached"):
+        assert [row[name] for name in row if name != "seeds"] in cells and row["seeds"] == "3"
+    for row in table("estimators"):
+        gain = f"{float(row['gain']):+.3f} ({row['error']})"
+        assert [row["reward"], row["way"], gain, row["updates"], row["motion"], row["diversity"]] in cells
+    gains = {}
+    for row in table("generalise"):
+        gains.setdefault(row["reward"], []).append(f"{float(row['gain']):+.3f} ({row['error']})")
+    assert all([reward, *found] in cells for reward, found in gains.items()) and gains
+    assert all(list(row.values()) in cells for row in table("scales"))
     peaks = {(row["model"], row["reward"], row["offload"]): row["peak"] for row in table("memory")}
     models = {model for model, *_ in peaks}
     assert models == set(vader.PRESETS) - set(vader.TINY)

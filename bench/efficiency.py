@@ -1,8 +1,8 @@
 """Reward on held-out prompts against reward queries and seconds: VADER, our best setting, DDPO, DPO.
 
-    python bench/efficiency.py                        # every run, about 8 hours of a core (estimated)
+    python bench/efficiency.py                        # every run, about 2 3/4 hours of a core
     python bench/efficiency.py --rewards hps          # only these rewards' runs (--methods, --seeds likewise)
-    python bench/efficiency.py --sweep                # learning rate x videos per update, then sweep.csv
+    python bench/efficiency.py --sweep                # learning rate x batch: sweep.csv, 35 minutes of a core
 
 On the tiny text-to-video model, 5 sampling steps for all. A query is one video scored. Seconds are the
 processor's in the updates (evaluations left out), on the one thread that a run uses: start several commands

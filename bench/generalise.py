@@ -1,6 +1,6 @@
 """Does what was learned carry over to prompts that were never trained on, and where is it too much?
 
-    python bench/generalise.py                    # three rewards, 40 minutes on 2 cores (estimated)
+    python bench/generalise.py                    # three rewards, 25 minutes of one core
     python bench/generalise.py --rewards hps      # only this one
 
 Trains the tiny model on each reward on prompts.txt without the words of HELD_OUT, and makes videos of three
@@ -125,7 +125,7 @@ def main():
     args = parser.parse_args()
     rows, scales = [], []
     for reward in args.rewards:
-        found = study(reward, steps=50, videos=32, samples=64)
+        found = study(reward, steps=60, videos=32, samples=64)
         rows, scales = rows + found[0], scales + found[1]
     for file, found in (("generalise.csv", rows), ("scales.csv", scales)):
         with open(HERE / file, "w", newline="") as target:
