@@ -221,7 +221,7 @@ def test_the_tables_of_the_readme_are_the_measured_ones():
     for row in table("generalise"):
         gains.setdefault(row["reward"], []).append(f"{float(row['gain']):+.3f} ({row['error']})")
     assert all([reward, *found] in cells for reward, found in gains.items()) and gains
-    assert all(list(row.values()) in cells for row in table("scales"))
+    assert all(list(row.values()) in cells for row in table("scales") if row["trained on"] == "aesthetic")
     peaks = {(row["model"], row["reward"], row["offload"]): row["peak"] for row in table("memory")}
     models = {model for model, *_ in peaks}
     assert models == set(vader.PRESETS) - set(vader.TINY)

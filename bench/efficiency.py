@@ -215,9 +215,10 @@ def summary(rows: list[dict]) -> list[dict]:
         spread = f"{gains.mean():+.3f} ({gains.min():+.3f} to {gains.max():+.3f})"
         row = {"reward": reward, "method": METHODS[key].label, "seeds": len(y), "gain": spread}
         row |= {"videos": f"{queries[-1]:.0f}", "seconds": f"{seconds[-1]:.0f}"}
-        goals = {"DDPO's best": lines["ddpo"][1].mean(0).max(), "VADER's end": lines["vader"][1].mean(0)[-1]}
+        after = {name: y.mean(0)[1:] for name, (_, y) in lines.items()}  # without the base model
+        goals = {"DDPO's best": after["ddpo"].max(), "VADER's end": after["vader"][-1]}
         for name, goal in goals.items():
-            there = np.flatnonzero(y.mean(0) >= goal)
+            there = 1 + np.flatnonzero(after[key] >= goal)
             row[name] = f"{queries[there[0]]:.0f} in {seconds[there[0]]:.0f} s" if len(there) else "-"
         found.append(row)
     return found
