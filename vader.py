@@ -1271,7 +1271,7 @@ class Run:
     moving: float = 0.0  # seconds spent moving weights between device and host
 
 
-def parts(run: Run) -> list[tuple[torch.nn.Module, bool]]:
+def loaded_networks(run: Run) -> list[tuple[torch.nn.Module, bool]]:
     """The networks that are loaded, each with whether it scores (VAE, rewards) or not (denoiser)."""
     networks = [n for _, reward in run.terms.values() for n in getattr(reward, "networks", ())]
     found = [(run.model.denoiser, False), (run.model.vae, True), *((n, True) for n in networks)]
@@ -1281,7 +1281,7 @@ def parts(run: Run) -> list[tuple[torch.nn.Module, bool]]:
 def bring(run: Run, denoiser=False, scoring=False):
     """Put the denoiser, or the VAE and the rewards, or both, on the device; all that is idle on the host."""
     start, wanted = time.time(), {False: denoiser, True: scoring}
-    for part, scores in sorted(parts(run), key=lambda entry: wanted[entry[1]]):  # first make room
+    for part, scores in sorted(loaded_networks(run), key=lambda entry: wanted[entry[1]]):  # first make room
         part.to(run.model.device if wanted[scores] else "cpu")
     run.moving += time.time() - start
 
@@ -1792,8 +1792,10 @@ def predict(cfg: Config) -> dict[str, float]:
         nonlocal idle
         gc.collect()
         found[next(names)] = (memory.peak - idle) / 1e9
-        waiting = [part for part, scores in parts(run) if not wanted.get("scoring" if scores else "denoiser")]
-        waiting = {p for part in waiting for p in part.parameters()}
+        waiting = set()
+        for part, scores in loaded_networks(run):
+            if not wanted.get("scoring" if scores else "denoiser"):
+                waiting.update(part.parameters())
         idle, memory.peak = sum(p.nbytes for p in waiting), memory.now
 
     with FakeTensorMode(allow_non_fake_inputs=True), LiveStorages() as memory, without_weights():
