@@ -1871,6 +1871,18 @@ def test_efficiency_goes_on_where_it_stopped_and_draws_its_figure(bench, tmp_pat
     assert iio.imread(picture).std() > 1
 
 
+def test_stills_show_a_row_per_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(efficiency, "RUNS", tmp_path)
+    shades = torch.tensor([0.2, 0.8])
+    for name, shade in zip(("dark", "light"), shades, strict=True):
+        for n in range(8):
+            vader.write_video(tmp_path / name / f"{n:03d}.mp4", shade.expand(3, 3, 16, 16))
+    efficiency.stills(("dark", "light"), tmp_path / "stills.png")
+    picture = iio.imread(tmp_path / "stills.png") / 255
+    assert picture.shape == (256, 8 * 128, 3)
+    np.testing.assert_allclose([picture[:128].mean(), picture[128:].mean()], shades, atol=0.03)
+
+
 @pytest.mark.parametrize("way", list(estimators.WAYS))
 def test_every_estimator_runs(way, bench, monkeypatch):
     monkeypatch.setattr(estimators, "COMMON", bench | dict(batch_size=2, lr=1e-2))

@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import math
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -64,12 +63,12 @@ def collect(run, prompt: str, key: int) -> dict:
 
 
 def update(run, prompts: list[str], step: int, optimizer, epochs=2) -> dict:
-    """One round of sampling and `epochs` AdamW steps. Returns {"reward", "queries", "seconds", "clipped"}.
+    """One round of sampling and `epochs` AdamW steps. Returns {"reward", "queries", "clipped"}.
 
     queries: videos scored; clipped: share of the last epoch's ratios outside PPO's range.
     Raises BadInput when the sampler draws no noise, or when there is nothing to compare.
     """
-    cfg, schedule, start = run.cfg, run.schedule, time.time()
+    cfg, schedule = run.cfg, run.schedule
     # the last step draws no noise when it ends at the clean video: nothing to choose
     steps = [i for i in range(len(schedule)) if schedule.s[i] > 0]
     vader.need(steps, "DDPO needs a stochastic sampler: set eta above 0")
@@ -90,5 +89,4 @@ def update(run, prompts: list[str], step: int, optimizer, epochs=2) -> dict:
         optimizer.step()
     reward = torch.cat([one["rewards"] for one in rounds])
     clipped = torch.cat(outside).float().mean().item()
-    row = {"reward": reward.mean().item(), "queries": len(reward), "clipped": clipped}
-    return row | {"seconds": time.time() - start}
+    return {"reward": reward.mean().item(), "queries": len(reward), "clipped": clipped}

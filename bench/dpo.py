@@ -9,7 +9,6 @@ is DDIM's (noise or v prediction).
 """
 
 import sys
-import time
 from pathlib import Path
 
 import diffusers
@@ -66,9 +65,9 @@ def dpo_loss(model, scheduler, better, worse, noise, t: int, cond, beta=BETA):
 def update(run, prompts: list[str], step: int, optimizer, draws=8, beta=BETA) -> dict:
     """grad_accum batches of pairs, `draws` times and noises for each, then an AdamW step.
 
-    Returns {"reward", "queries", "seconds", "loss"}; queries: videos scored.
+    Returns {"reward", "queries", "loss"}; queries: videos scored.
     """
-    cfg, model, start = run.cfg, run.model, time.time()
+    cfg, model = run.cfg, run.model
     config = vader.read_config(model.source, "scheduler/scheduler_config.json")
     scheduler = diffusers.DDIMScheduler.from_config(config)
     optimizer.zero_grad()
@@ -87,5 +86,4 @@ def update(run, prompts: list[str], step: int, optimizer, draws=8, beta=BETA) ->
     torch.nn.utils.clip_grad_norm_(list(vader.lora_parameters(model).values()), cfg.max_grad_norm)
     optimizer.step()
     rewards = torch.cat(found)
-    row = {"reward": rewards.mean().item(), "queries": len(rewards), "loss": total}
-    return row | {"seconds": time.time() - start}
+    return {"reward": rewards.mean().item(), "queries": len(rewards), "loss": total}

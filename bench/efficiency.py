@@ -26,6 +26,7 @@ from pathlib import Path
 
 import ddpo
 import dpo
+import imageio.v3 as iio
 import matplotlib
 import numpy as np
 import torch
@@ -40,6 +41,8 @@ import matplotlib.pyplot as plt  # noqa: E402 (needs the line above)
 RUNS = HERE.parent / "runs" / "efficiency"
 REWARDS, SEEDS, VIDEOS = ("aesthetic", "hps", "action"), (0, 1, 2), 32
 STEPS, MARKS = 5, (0.25, 0.5, 1)  # of sampling; shares of the queries after which to evaluate
+# the evaluations in frames.png
+SHOWN = "base-aesthetic-trailing", "vader-aesthetic-1/0020", "vader-aesthetic-1/0080", "ddpo-aesthetic-1/0200"
 BEST = dict(backprop_steps=3, grad_steps="last", detach_uncond=True)
 
 
@@ -47,16 +50,14 @@ def vader_update(run, prompts, step, optimizer) -> dict:
     """`vader.update` with the arguments and the row of the baselines' `update`."""
     scaler = torch.amp.GradScaler(run.cfg.device, enabled=False)
     row = vader.update(run, prompts, step, 0, 1, optimizer, scaler)
-    return {name: row[name] for name in ("reward", "seconds")} | {
-        "queries": run.cfg.batch_size * run.cfg.grad_accum
-    }
+    return {"reward": row["reward"], "queries": run.cfg.batch_size * run.cfg.grad_accum}
 
 
 @dataclasses.dataclass
 class Method:
-    """update(run, prompts, step, optimizer) -> {"reward", "queries", "seconds"}; settings: of vader.Config.
+    """update(run, prompts, step, optimizer) -> {"reward", "queries"}; settings: of vader.Config.
 
-    queries: how many one run may use; sweep: learning rates x batches that `--sweep` tries.
+    queries: how many one run may use; rates x batches: learning rates and settings that `--sweep` tries.
     """
 
     label: str
@@ -109,7 +110,7 @@ def base_values(judge, held_out: list[str], reward: str) -> list[float]:
     """The rewards before any update: a new LoRA changes nothing, so they are the same for all runs."""
     file = RUNS / f"base-{reward}-{judge.cfg.timestep_spacing}.json"
     if not file.exists():
-        vader.write_text(file, json.dumps(vader.evaluate(judge, held_out, RUNS / "base")["reward"]))
+        vader.write_text(file, json.dumps(vader.evaluate(judge, held_out, RUNS / file.stem)["reward"]))
     return json.loads(file.read_text())
 
 
@@ -249,6 +250,15 @@ def figure(rows: list[dict], file: Path):
     plot.savefig(file, dpi=110)
 
 
+def stills(names: tuple[str, ...], file: Path):
+    """A row per evaluation (folders in RUNS): the middle frames of its first eight videos, at half size."""
+    rows = []
+    for name in names:
+        films = [iio.imread(RUNS / name / f"{n:03d}.mp4", plugin="FFMPEG") for n in range(8)]
+        rows.append(np.concatenate([film[len(film) // 2, ::2, ::2] for film in films], axis=1))
+    iio.imwrite(file, np.concatenate(rows))
+
+
 def sweep(methods: list[str]):
     """Four trials of each method on aesthetic, seed 100, in 100 seconds of updates each: bench/sweep.csv."""
     found = []
@@ -282,6 +292,8 @@ def main():
         rows = merge(HERE / "efficiency.csv", found, ("method", "reward", "seed"))
     figure(rows, HERE / "efficiency.png")
     merge(HERE / "reached.csv", summary(rows), ("reward", "method"))
+    if all((RUNS / name).is_dir() for name in SHOWN):
+        stills(SHOWN, HERE / "frames.png")
 
 
 if __name__ == "__main__":

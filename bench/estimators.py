@@ -11,7 +11,6 @@ bench/generalise.py), as a share of the base model's. Tiny model, 5 steps, learn
 import argparse
 import itertools
 import sys
-import time
 from pathlib import Path
 
 import efficiency
@@ -43,7 +42,7 @@ def redraw_update(run, prompts, step, optimizer) -> dict:
 
     As `vader.update`, where each draw has the reward's gradient of its own clean video.
     """
-    cfg, model, schedule, start = run.cfg, run.model, run.schedule, time.time()
+    cfg, model, schedule = run.cfg, run.model, run.schedule
     chosen = vader.batch_prompts(prompts, cfg, step)
     generator = vader.generator_for(cfg.seed, step, "redraw")
     noise = torch.randn(len(chosen), *model.latent_shape(cfg), generator=generator).to(model.device)
@@ -63,8 +62,7 @@ def redraw_update(run, prompts, step, optimizer) -> dict:
         rewards.append(found["reward"])
     torch.nn.utils.clip_grad_norm_(list(vader.lora_parameters(model).values()), cfg.max_grad_norm)
     optimizer.step()
-    row = {"reward": torch.cat(rewards).mean().item(), "queries": DRAWS * len(chosen)}
-    return row | {"seconds": time.time() - start}
+    return {"reward": torch.cat(rewards).mean().item(), "queries": DRAWS * len(chosen)}
 
 
 COMMON = dict(lr=1e-3, batch_size=2)
