@@ -178,7 +178,7 @@ def clip_reward(frames, prompts):
 clip_reward.frames = 5
 
 
-# ---- 1. Config ---------------------------------------------------------------------------------------------
+# ---- 1. Config and settings --------------------------------------------------------------------------------
 
 
 def test_requirements_agree_with_the_script_header():
@@ -219,8 +219,10 @@ def test_the_tables_of_the_readme_are_the_measured_ones():
         assert [row["reward"], row["way"], gain, row["updates"], row["motion"], row["diversity"]] in cells
     gains = {}
     for row in table("generalise"):
-        gains.setdefault(row["reward"], []).append(f"{float(row['gain']):+.3f} ({row['error']})")
-    assert all([reward, *found] in cells for reward, found in gains.items()) and gains
+        gains.setdefault((row["reward"], row["seed"]), []).append(
+            f"{float(row['gain']):+.3f} ({row['error']})"
+        )
+    assert all([*run, *found] in cells for run, found in gains.items()) and gains
     assert all(list(row.values()) in cells for row in table("scales") if row["trained on"] == "aesthetic")
     peaks = {(row["model"], row["reward"], row["offload"]): row["peak"] for row in table("memory")}
     models = {model for model, *_ in peaks}
@@ -236,6 +238,17 @@ def test_importing_or_pasting_has_no_effect():
     code += "print(resolve(Config(device='cpu'))[0].model)"  # names that the pasted text has defined
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=True)
     assert done.stdout == "tiny\n"
+
+
+def test_the_appendices_can_be_cut(tmp_path):
+    source = (HERE / "vader.py").read_text()
+    start, end = source.index("# ---- 11."), source.index("if __name__")
+    (tmp_path / "vader.py").write_text(source[:start] + source[end:])
+    for name in ("rewards.py", "prompts.txt", "tiny"):
+        (tmp_path / name).symlink_to(HERE / name)
+    words = "vader.py --model tiny --device cpu --reward colorful --steps 1 --eval_videos 1"
+    subprocess.run([sys.executable, *words.split()], cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "runs" / "colorful-tiny" / "lora" / "adapter_model.safetensors").exists()
 
 
 def bad_inputs(folder: Path):
@@ -293,7 +306,85 @@ def test_auto_takes_tiny_without_a_gpu(monkeypatch):
     assert cfg.out == "runs/aesthetic-tiny" and vader.field_type("lr")[2] == (1e-12, math.inf)
 
 
-# ---- 2. Schedule -------------------------------------------------------------------------------------------
+# ---- 2. Prompts and randomness -----------------------------------------------------------------------------
+
+
+def test_draws_depend_on_their_key_only():
+    draw = [torch.randn(4, generator=vader.generator_for(0, *key)) for key in ((1, 2), (1, 2), (2, 1), (12,))]
+    assert (
+        torch.equal(draw[0], draw[1])
+        and not torch.equal(draw[0], draw[2])
+        and not torch.equal(draw[0], draw[3])
+    )
+
+
+def test_held_out_prompts_are_not_trained_on(prompts_file, tmp_path):
+    cfg = Config(prompts=prompts_file, batch_size=5)
+    train, held_out = vader.split_prompts(cfg)
+    assert (len(train), len(held_out)) == (11, 1) and not set(train) & set(held_out)
+    drawn = [prompt for n in range(11) for prompt in vader.batch_prompts(train, cfg, n)]
+    assert all(drawn.count(prompt) == 5 for prompt in train)  # every prompt once in each round
+    (tmp_path / "one.txt").write_text("a cat\n")
+    with pytest.raises(BadInput, match="one prompt"):
+        vader.split_prompts(Config(prompts=str(tmp_path / "one.txt")))
+    assert vader.split_prompts(Config(prompts=prompts_file, eval_prompts=str(tmp_path / "one.txt")))[1] == [
+        "a cat"
+    ]
+
+
+def test_shipped_prompts_hold_out_what_the_tiny_world_holds_out():
+    import make
+
+    unseen = {make.caption(c) for c in make.UNSEEN}
+    prompts, unseen_file = (
+        vader.read_prompts(str(HERE / name)) for name in ("prompts.txt", "tiny/unseen.txt")
+    )
+    assert len(prompts) == 50 and not unseen & set(prompts) and set(unseen_file) <= unseen
+
+
+def test_frames_are_picked_as_rewards_want():
+    cfg, image, clip = Config(num_frames=9), {"i": (1.0, len)}, {"i": (1.0, len), "c": (1.0, clip_reward)}
+    picks = [vader.pick_frames(cfg, image, vader.generator_for(n)) for n in range(40)]
+    assert all(len(p) == 1 for p in picks) and len({p[0] for p in picks}) == 9
+    assert vader.pick_frames(cfg, clip, None) == [0, 2, 4, 6, 8]
+    three = vader.pick_frames(dataclasses.replace(cfg, decode_frames=3), image, vader.generator_for(1))
+    assert len(set(three)) == 3 and three == sorted(three)
+    # latent frame 0 holds one frame, those after it four each
+    assert vader.pick_frames(cfg, clip, None, time=4) == [0, 1, 2]
+    assert vader.pick_frames(dataclasses.replace(cfg, decode_frames=2), clip, None, time=4) == [0, 2]
+    assert {tuple(vader.pick_frames(cfg, image, vader.generator_for(n), time=4)) for n in range(40)} == {
+        (0,),
+        (1,),
+        (2,),
+    }
+
+
+def test_bad_image_prompts_are_one_line(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    (tmp_path / "broken.png").write_text("no picture")
+    for line, message in [
+        ("a cat", r"line 1: write \{"),
+        ('{"prompt": "a"}', r"line 1: write \{"),
+        ('{"prompt": "a", "image": "none.png"}', "line 1: no image .*none.png"),
+        ('{"prompt": "a", "image": "broken.png"}', "broken.png can't be read as an image"),
+    ]:
+        path.write_text(line)
+        with pytest.raises(BadInput, match=message):
+            vader.read_prompts(str(path))
+    with pytest.raises(BadInput, match="starts from an image"):
+        vader.read_prompts(str(HERE / "prompts.txt"), images=True)
+
+
+def test_one_text_with_two_images_is_two_prompts(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        shutil.copy(HERE / "tiny" / "photo-cat.jpg", tmp_path / name)
+    lines = [json.dumps({"prompt": "a cat", "image": name}) for name in ("a.jpg", "b.jpg")]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    first, second = vader.read_prompts(str(tmp_path / "prompts.jsonl"))
+    assert first == second == "a cat" and vader.cond_key(first) != vader.cond_key(second)
+
+
+# ---- 3. Schedule -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
@@ -336,7 +427,7 @@ def test_a_clipping_scheduler_is_refused():
         vader.ddim_schedule({"clip_sample": True}, 10)
 
 
-# ---- 3. Models ---------------------------------------------------------------------------------------------
+# ---- 4. The model ------------------------------------------------------------------------------------------
 
 
 def stock_frames(folder, cfg, prompts, noise, unet=None):
@@ -381,6 +472,506 @@ def test_clamp_lets_gradient_through():
     y.sum().backward()
     assert y.tolist() == [0.0, 0.5, 1.0] and x.grad.tolist() == [1.0, 1.0, 1.0]
 
+
+# ---- 5. LoRA -----------------------------------------------------------------------------------------------
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten().double() for p in vader.lora_parameters(model).values()])
+
+
+def clear(model):
+    for p in vader.lora_parameters(model).values():
+        p.grad = None
+
+
+def test_checkpointing_changes_no_gradient(settings):
+    found = []
+    for on in (True, False):
+        run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, checkpointing=on))
+        prompts, *_ = batch(cfg, model, conds)
+        vader.micro_batch(run, PROMPTS, 0, 0, NO_SCALING)
+        found.append(gradients(model))
+    assert found[0].norm() > 0
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
+
+
+def test_offloading_moves_what_is_idle_and_changes_nothing(settings, monkeypatch):
+    """Where each network is in each phase, and the same gradient, by a device that only says its name."""
+    found, phases = [], []
+    for offload in (False, True):
+        cfg = dataclasses.replace(settings, reward="remove:star", reward_weights=TOY, offload=offload)
+        run, cfg, model, *_ = load(cfg)
+        (network,), places = run.terms["remove:star"][1].networks, {}
+        for name, part in dict(denoiser=model.denoiser, vae=model.vae, reward=network).items():
+            monkeypatch.setattr(part, "to", functools.partial(places.__setitem__, name))
+        monkeypatch.setattr(model, "device", torch.device("cpu", 0))
+        for name in ("rollout", "score", "walk_back"):
+            real = getattr(vader, name)
+
+            def phase(*args, name=name, real=real, places=places, **kwargs):
+                phases.append((name, *(part for part, place in places.items() if place != "cpu")))
+                return real(*args, **kwargs)
+
+            monkeypatch.setattr(vader, name, phase)
+        vader.micro_batch(run, PROMPTS, 0, 0, NO_SCALING)
+        found.append(gradients(model))
+        monkeypatch.undo()
+    assert torch.equal(*found) and found[0].norm() > 0
+    everything = [(name, "vae", "denoiser", "reward") for name in ("rollout", "score", "walk_back")]
+    assert [(name, *sorted(parts)) for name, *parts in phases[:3]] == [
+        (name, *sorted(parts)) for name, *parts in everything
+    ]
+    assert [(name, *sorted(parts)) for name, *parts in phases[3:]] == [
+        ("rollout", "denoiser"),
+        ("score", "reward", "vae"),
+        ("walk_back", "denoiser"),
+    ]
+
+
+def test_lora_is_float32_on_a_bf16_base(settings):
+    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, dtype="bf16"))
+    assert {p.dtype for p in vader.lora_parameters(model).values()} == {torch.float32}
+    assert {p.dtype for p in model.denoiser.parameters() if not p.requires_grad} == {torch.bfloat16}
+    prompts, *_ = batch(cfg, model, conds)
+    vader.micro_batch(run, PROMPTS, 0, 0, NO_SCALING)
+    assert torch.isfinite(gradients(model)).all() and gradients(model).norm() > 0
+
+
+def test_the_lora_loads_in_stock_code_and_gives_our_frames(settings, tmp_path):
+    run, cfg, model, schedule, conds, _ = load(settings)
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    ours = model.decode(vader.rollout(model, schedule, noise, cond, uncond, 3.0)[-1], list(range(5)))
+    vader.save_lora(model, tmp_path / "lora")
+    theirs = stock_frames(
+        cfg.model, cfg, prompts, noise, lambda unet: PeftModel.from_pretrained(unet, tmp_path / "lora")
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
+    without = stock_frames(cfg.model, cfg, prompts, noise)
+    assert (without - theirs).abs().max() > 0.01
+
+
+def test_a_lora_of_another_model_is_refused(settings, tmp_path, capsys):
+    run, _, model, *_ = load(settings)
+    vader.save_lora(model, tmp_path / "lora")
+    assert vader.main(["--mode", "sample", "--model", "tiny", "--lora", str(tmp_path / "lora")]) == 2
+    assert "made for another model" in capsys.readouterr().err
+
+
+# ---- 6. Rollout, score, walk back --------------------------------------------------------------------------
+
+
+def autograd_gradient(model, *given):
+    """The same gradient by one plain graph through sampler, VAE and reward."""
+    reference.one_graph(model, *given)
+    return gradients(model)
+
+
+@pytest.mark.parametrize("K", [1, 3, 4])
+@pytest.mark.parametrize("coupling", [1.0, 0.0])
+@pytest.mark.parametrize("kind", ["image", "clip"])
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_walk_back_equals_plain_autograd(settings, K, coupling, kind, chunk):
+    changes = dict(backprop_steps=K, coupling=coupling, decode_chunk=chunk)
+    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, **changes))
+    if kind == "clip":
+        terms = {"clip": (0.7, clip_reward)}
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    frames = list(range(5))
+    latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
+    _, g = vader.score(model, terms, latents[-1], prompts, frames, chunk)
+    trained = vader.trained_steps(cfg, None, schedule)
+    vader.walk_back(model, schedule, latents, g, cond, uncond, trained, cfg)
+    ours = gradients(model)
+    clear(model)
+    theirs = autograd_gradient(
+        model, schedule, cfg, terms, prompts, noise, cond, uncond, frames, K, coupling == 1
+    )
+    assert theirs.norm() > 0
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_detached_unconditional_branch(settings):
+    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, detach_uncond=True))
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
+    _, g = vader.score(model, terms, latents[-1], prompts, [0, 2])
+    vader.walk_back(model, schedule, latents, g, cond, uncond, [3], cfg)
+    ours = gradients(model)
+    clear(model)
+    theirs = autograd_gradient(model, schedule, cfg, terms, prompts, noise, cond, uncond, [0, 2], 1, True)
+    assert (ours - theirs).norm() / theirs.norm() < 1e-5
+
+
+def test_kl_pulls_to_the_base_model(settings):
+    run, cfg, model, schedule, conds, _ = load(settings)
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    latents = vader.rollout(model, schedule, noise, cond, uncond, 3.0)
+    zero = torch.zeros_like(noise)
+    change = vader.walk_back(model, schedule, latents, zero, cond, uncond, [3], cfg, kl_weight=0.5)
+    ours = gradients(model)
+    clear(model)
+    with torch.no_grad(), model.denoiser.disable_adapter():
+        base = model.denoise(latents[3], schedule.t[3], cond)
+    loss = (model.denoise(latents[3], schedule.t[3], cond) - base).square().mean()
+    (0.5 * loss).backward()
+    assert change == pytest.approx(loss.item(), rel=1e-4) and change > 0
+    assert (ours - gradients(model)).norm() / ours.norm() < 1e-5
+    assert vader.walk_back(model, schedule, latents, zero, cond, uncond, [3], cfg) == 0
+
+
+def test_a_reached_target_gives_no_gradient(settings):
+    run, cfg, model, schedule, conds, terms = load(settings)
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    x = vader.rollout(model, schedule, noise, cond, uncond, 3.0)[-1]
+    values, g = vader.score(model, terms, x, prompts, [0])
+    low, high = sorted(values["reward"].tolist())
+    _, hinged = vader.score(model, terms, x, prompts, [0], target=(low + high) / 2)
+    lower = values["reward"].argmin()
+    assert torch.equal(hinged[lower], g[lower]) and g[lower].norm() > 0
+    assert hinged[1 - lower].norm() == 0 < g[1 - lower].norm()
+
+
+def test_terms_add_up_and_bad_rewards_are_named(settings):
+    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, reward="2*colorful"))
+    prompts, noise, cond, uncond = batch(cfg, model, conds)
+    both = terms | {"clip": (0.5, clip_reward)}
+    values, _ = vader.score(model, both, noise, prompts, list(range(5)))
+    torch.testing.assert_close(values["reward"], 2 * values["colorful"] + 0.5 * values["clip"])
+    flat = {"flat": (1.0, lambda frames, prompts: torch.ones(2))}
+    with pytest.raises(BadInput, match="'flat' must return .2,., one per video"):
+        vader.score(model, flat, noise, prompts, [0])
+
+
+def test_which_steps_train():
+    cfg = Config(backprop_steps=3, num_inference_steps=9)
+    schedule = vader.flow_schedule(torch.tensor([1.0, 0.9, 0.6, 0.58, 0.5, 0.3, 0.28, 0.2, 0.08, 0.0]))
+
+    def trained(kind, generator=None):
+        return vader.trained_steps(dataclasses.replace(cfg, grad_steps=kind), generator, schedule)
+
+    assert trained("last") == [6, 7, 8] and trained("spread") == [0, 4, 8]
+    assert trained("strongest") == [1, 4, 7]  # the steps of 0.3, 0.2 and 0.12
+    random = {tuple(trained("random", vader.generator_for(n))) for n in range(9)}
+    assert len(random) > 1 and all(len(set(steps)) == 3 for steps in random)
+
+
+@pytest.mark.parametrize("kind", ["svd", "wan"])
+def test_where_the_last_step_hardly_moves_the_video_another_trains(kind, checkpoints):
+    cfg, source, family = vader.resolve(Config(model=str(checkpoints(kind)), height=32, width=32))
+    schedule = family(source, "cpu", torch.float32).schedule(cfg)
+    (step,) = vader.trained_steps(cfg, None, schedule)
+    assert schedule.leverage(step) > 0.09 and schedule.leverage(len(schedule) - 1) < 0.01
+
+
+def peak_of_an_update(cfg):
+    run, cfg, model, schedule, conds, terms = load(cfg)
+    prompts, *_ = batch(cfg, model, conds)
+    weights = sum(p.nbytes for part in (model.denoiser, model.vae) for p in part.parameters())
+    with vader.LiveStorages() as memory:
+        vader.micro_batch(run, PROMPTS, 0, 0, NO_SCALING)
+    return memory.peak, weights
+
+
+def test_peak_memory_is_flat_in_trained_steps_and_decoded_frames(settings):
+    settings = dataclasses.replace(settings, checkpointing=True)
+    base, weights = peak_of_an_update(settings)
+    assert base > 100_000
+    all_steps, _ = peak_of_an_update(dataclasses.replace(settings, backprop_steps=4))
+    all_frames, _ = peak_of_an_update(dataclasses.replace(settings, decode_frames=5))
+    at_once, _ = peak_of_an_update(dataclasses.replace(settings, decode_frames=5, decode_chunk=5))
+    not_recomputed, _ = peak_of_an_update(dataclasses.replace(settings, checkpointing=False))
+    peaks = dict(base=base, all_steps=all_steps, all_frames=all_frames, at_once=at_once, plain=not_recomputed)
+    print("peak MB:", {name: round(peak / 1e6, 2) for name, peak in peaks.items()}, "weights", weights / 1e6)
+    assert all_steps < 1.05 * base
+    assert all_frames < 1.05 * base
+    assert not_recomputed > 1.3 * base
+
+
+# ---- 7. Files and resume -----------------------------------------------------------------------------------
+
+
+def lora_of(folder):
+    from safetensors.torch import load_file
+
+    return load_file(Path(folder) / "lora" / "adapter_model.safetensors")
+
+
+def same(first, second, tolerance=0.0):
+    assert first.keys() == second.keys()
+    return all((first[k] - second[k]).abs().max() <= tolerance * (1 + second[k].abs().max()) for k in first)
+
+
+def test_resumed_equals_uninterrupted_bitwise(settings, tmp_path):
+    cfg = dataclasses.replace(settings, steps=4, ema_decay=0.5, eval_every=2, eta=0.3)
+    whole = dataclasses.replace(cfg, out=str(tmp_path / "whole"))
+    rows = vader.train(whole)
+    vader.train(dataclasses.replace(cfg, steps=2))
+    again = vader.train(dataclasses.replace(cfg, resume=True))
+    assert same(lora_of(cfg.out), lora_of(whole.out))
+    assert any(value.abs().max() > 0 for name, value in lora_of(cfg.out).items() if "lora_B" in name)
+    strip = [{k: v for k, v in row.items() if k not in ("seconds", "memory_gb")} for row in rows]
+    assert strip == [{k: v for k, v in row.items() if k not in ("seconds", "memory_gb")} for row in again]
+    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
+    with pytest.raises(BadInput, match="started with --lr 0.01"):
+        vader.train(dataclasses.replace(cfg, resume=True, lr=0.5))
+    with pytest.raises(BadInput, match="add --resume"):
+        vader.train(cfg)
+
+
+KILLER = """
+import json, os, random, signal, sys, time
+import torch
+import vader
+torch.set_num_threads(1)  # so that forking is safe
+cfg = vader.Config(**json.loads(sys.argv[1]))
+random.seed(int(sys.argv[3]))
+reached = 0
+for kill in range(int(sys.argv[2])):
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        cfg.resume = os.path.exists(cfg.out + "/config.json")
+        vader.train(cfg)
+        os._exit(0)
+    time.sleep(random.uniform(1.0, 4.0))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    state = vader.Path(cfg.out) / "checkpoint" / "state.pt"
+    step = torch.load(state, weights_only=True)["step"] if state.exists() else 0
+    logged = max([row["step"] for row in vader.read_metrics(vader.Path(cfg.out))], default=0)
+    assert reached <= step <= logged <= step + 1, (reached, step, logged)
+    reached = step
+print("reached", reached)
+cfg.steps, cfg.resume = reached + 1, True
+vader.train(cfg)
+"""
+
+
+def kill_and_resume(cfg, kills, seed=0):
+    code = [sys.executable, "-c", KILLER, json.dumps(dataclasses.asdict(cfg)), str(kills), str(seed)]
+    done = subprocess.run(code, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return int(re.search(r"reached (\d+)", done.stdout).group(1)) + 1
+
+
+def test_kill_at_any_moment_loses_the_current_update_only(settings, tmp_path):
+    cfg = dataclasses.replace(
+        settings, steps=1000, eval_every=1000, eval_videos=1, num_inference_steps=1, batch_size=1
+    )
+    steps = kill_and_resume(cfg, kills=5)
+    assert steps > 1
+    whole = dataclasses.replace(cfg, steps=steps, out=str(tmp_path / "whole"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    vader.train(whole)
+    torch.set_num_threads(threads)
+    assert same(lora_of(cfg.out), lora_of(whole.out))
+    rows = vader.read_metrics(Path(cfg.out))
+    assert [row["step"] for row in rows if "reward" in row] == list(range(1, steps + 1))
+
+
+def test_a_half_written_last_row_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert vader.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
+    assert vader.read_metrics(tmp_path, until=1) == [{"step": 1}]
+
+
+# ---- 8. Evaluation and page --------------------------------------------------------------------------------
+
+
+def test_summary_is_paired():
+    assert vader.summary([1.0, 2.0], [2.0, 4.0]).startswith(
+        "1.500 -> 3.000 (+1.500, standard error 0.500, 2 videos"
+    )
+
+
+def test_videos_do_not_depend_on_the_batch(settings):
+    run, cfg, model, schedule, conds, _ = load(settings)
+    prompts = ["a moon", "a red kite rising over the sea", "a moon"]
+    together = vader.make_videos(run, prompts)
+    alone = vader.make_videos(run, prompts[2:], first=2)
+    torch.testing.assert_close(together[2:], alone, rtol=0, atol=1e-4)
+    assert (together[0] - together[2]).abs().max() > 0.01  # same prompt, other noise
+
+
+def test_what_a_run_writes(settings):
+    rows = vader.train(dataclasses.replace(settings, eval_every=1))
+    out = Path(settings.out)
+    page = (out / "index.html").read_text()
+    assert "<svg" in page and page.count("<video") == 4
+    for video in re.findall(r'<video src="([^"]+)"', page):
+        frames = vader.iio.imread(out / video, plugin="FFMPEG")
+        assert len(frames) == 5 and frames.shape[1] * 3 == frames.shape[2] * 2
+    assert (out / "comparison.png").stat().st_size > 1000
+    assert json.loads((out / "config.json").read_text())["lr"] == 0.01
+    assert {"reward", "colorful", "grad_norm", "kl", "skipped", "seconds", "memory_gb"} < rows[1].keys()
+    assert rows[-1]["eval"]["prompts"] == rows[0]["eval"]["prompts"] and len(rows[0]["eval"]["reward"]) == 2
+    assert rows[-1]["eval"]["reward"] != rows[0]["eval"]["reward"]
+
+
+# ---- 9. Training -------------------------------------------------------------------------------------------
+
+
+def test_training_raises_the_reward(settings):
+    cfg = dataclasses.replace(settings, steps=12, lr=3e-2, eval_videos=8)
+    rows = vader.train(cfg)
+    gain = np.subtract(rows[-1]["eval"]["reward"], rows[0]["eval"]["reward"])
+    assert gain.mean() > 3 * gain.std(ddof=1) / math.sqrt(len(gain)) > 0
+
+
+def test_own_reward_from_a_notebook(settings):
+    def darkness(frames, prompts):
+        return 1 - frames.mean((1, 2, 3, 4))
+
+    rows = vader.train(dataclasses.replace(settings, steps=1), reward=darkness)
+    assert "darkness" in rows[1] and rows[1]["grad_norm"] > 0
+
+
+def test_own_reward_of_the_readme(settings, monkeypatch):
+    code = re.search(r"```python\n(def make_.*?)```", README, flags=re.S).group(1)
+    assert len(code.splitlines()) <= 10
+    space = vars(rewards)
+    exec(code, space)
+    name = re.search(r"def make_(\w+)", code).group(1)
+    monkeypatch.setitem(rewards.REWARDS, name, space[f"make_{name}"])
+    rows = vader.train(dataclasses.replace(settings, steps=1, reward=f"{name} + 0.1*colorful"))
+    assert rows[1]["reward"] == pytest.approx(rows[1][name] + 0.1 * rows[1]["colorful"], rel=1e-4)
+
+
+def broken_after(calls):
+    seen = []
+
+    def reward(frames, prompts):
+        seen.append(1)
+        value = frames.mean((1, 2, 3, 4))
+        return value * math.nan if len(seen) > calls and frames.requires_grad else value
+
+    return reward
+
+
+def test_a_non_finite_gradient_skips_its_update(settings):
+    calls = []
+
+    def sometimes(frames, prompts):
+        calls.append(frames.requires_grad)
+        return frames.mean((1, 2, 3, 4)) * (math.nan if sum(calls) == 2 and calls[-1] else 1)
+
+    rows = [
+        row
+        for row in vader.train(dataclasses.replace(settings, steps=3), reward=sometimes)
+        if "reward" in row
+    ]
+    assert [row["skipped"] for row in rows] == [0, 1, 1]
+    assert math.isnan(rows[1]["grad_norm"]) and rows[2]["grad_norm"] > 0
+    assert all(torch.isfinite(value).all() for value in lora_of(settings.out).values())
+
+
+def test_ten_non_finite_gradients_in_a_row_stop_the_run(settings):
+    with pytest.raises(FloatingPointError, match=r"at update 10, prompt 'a .*', seed 0"):
+        vader.train(
+            dataclasses.replace(settings, steps=40, num_inference_steps=1, eval_videos=1),
+            reward=broken_after(4),
+        )
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(settings, capsys, monkeypatch):
+    calls = []
+
+    def interrupting(frames, prompts):
+        calls.append(frames.requires_grad)
+        if sum(calls) == 2 and calls[-1]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return frames.mean((1, 2, 3, 4))
+
+    monkeypatch.setattr(sys, "argv", ["vader.py", "--reward", "a + b"])
+    before = signal.getsignal(signal.SIGINT)
+    rows = vader.train(dataclasses.replace(settings, steps=50), reward=interrupting)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert rows[-1]["step"] == 2
+    assert "python vader.py --reward 'a + b' --resume" in capsys.readouterr().out
+    assert torch.load(Path(settings.out) / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
+
+
+def command(cfg, *launcher):
+    words = [*(launcher or (sys.executable,)), str(HERE / "vader.py")]
+    for name, value in dataclasses.asdict(cfg).items():
+        if value not in (None, False) and value != getattr(Config(), name):
+            words += [f"--{name}", str(value)]
+    return words
+
+
+def run_command(words, **environment):
+    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_two_ranks_equal_one_with_twice_the_accumulation(settings, tmp_path):
+    two = dataclasses.replace(settings, eval_videos=1, out=str(tmp_path / "two"))
+    run_command(
+        command(two, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"), OMP_NUM_THREADS="1"
+    )
+    one = dataclasses.replace(two, grad_accum=2, out=str(tmp_path / "one"))
+    vader.train(one)
+    assert same(lora_of(two.out), lora_of(one.out), tolerance=1e-4)
+    assert not same(lora_of(two.out), lora_of(one.out), tolerance=-1)
+
+
+# ---- 10. Sampling and scoring ------------------------------------------------------------------------------
+
+
+def test_sample_and_eval_modes(settings, tmp_path, capsys):
+    run, _, model, *_ = load(settings)
+    vader.save_lora(model, tmp_path / "lora")
+    short = tmp_path / "short.txt"
+    short.write_text("a moon\na red kite rising over the sea\na white star\n")
+    common = dict(prompts=str(short), lora=str(tmp_path / "lora"))
+    vader.sample(dataclasses.replace(settings, mode="sample", out=str(tmp_path / "s"), **common))
+    named = json.loads((tmp_path / "s" / "prompts.json").read_text())
+    assert named == {
+        "000.mp4": "a moon",
+        "001.mp4": "a red kite rising over the sea",
+        "002.mp4": "a white star",
+    }
+    assert all((tmp_path / "s" / name).stat().st_size > 500 for name in named)
+    scored = dataclasses.replace(settings, mode="eval", out=str(tmp_path / "e"), reward="colorful", **common)
+    vader.compare(scored)
+    result = json.loads((tmp_path / "e" / "eval.json").read_text())
+    assert len(result["base"]["colorful"]) == 3 and result["base"]["reward"] != result["tuned"]["reward"]
+    assert "colorful: " in capsys.readouterr().out and (tmp_path / "e" / "index.html").exists()
+    with pytest.raises(BadInput, match="not empty"):
+        vader.compare(scored)
+
+
+def hub_cache(home: Path, repo: str) -> Path:
+    """The folder where the hub's cache keeps the files of a repository."""
+    folder = home / "hub" / f"models--{repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    return folder / "snapshots" / ("0" * 40)
+
+
+def test_modelscope_and_the_published_aesthetic_files_end_to_end(settings, small, tmp_path):
+    """`--model modelscope --reward aesthetic` as a user types it, on narrow random files in the cache."""
+    shutil.copytree(small, hub_cache(tmp_path, "ali-vilab/text-to-video-ms-1.7b"))
+    narrow = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=32
+    )
+    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**narrow, image_size=224, projection_dim=768))
+    clip.save_pretrained(hub_cache(tmp_path, "openai/clip-vit-large-patch14"))
+    head = hub_cache(tmp_path, "trl-lib/ddpo-aesthetic-predictor")
+    head.mkdir(parents=True)
+    torch.save(rewards.AestheticHead(768).state_dict(), head / "aesthetic-model.pth")
+    cfg = dataclasses.replace(settings, model="modelscope", reward="aesthetic + 0.1*colorful", steps=1)
+    said = run_command(command(cfg), HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
+    assert "modelscope on cpu" in said and "leverage" in said
+    rows = vader.read_metrics(Path(cfg.out))
+    assert rows[1]["grad_norm"] > 0 and {"aesthetic", "colorful"} < rows[1].keys()
+
+
+# ---- 11. More models ---------------------------------------------------------------------------------------
 
 # Every other family on a small random checkpoint in its published layout, against its stock pipeline.
 
@@ -754,580 +1345,49 @@ def test_other_families_train_end_to_end(other):
     assert named == (kind in ("svd", "ltx-image"))
 
 
-# ---- 4. LoRA -----------------------------------------------------------------------------------------------
-
-
-def gradients(model):
-    return torch.cat([p.grad.flatten().double() for p in vader.lora_parameters(model).values()])
-
-
-def clear(model):
-    for p in vader.lora_parameters(model).values():
-        p.grad = None
-
-
-def test_checkpointing_changes_no_gradient(settings):
-    found = []
-    for on in (True, False):
-        run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, checkpointing=on))
-        prompts, *_ = batch(cfg, model, conds)
-        vader.micro_batch(run, PROMPTS, 0, 0, NO_SCALING)
-        found.append(gradients(model))
-    assert found[0].norm() > 0
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-8)
-
-
-def test_offloading_moves_what_is_idle_and_changes_nothing(settings, monkeypatch):
-    """Where each network is in each phase, and the same gradient, by a device that only says its name."""
-    found, phases = [], []
-    for offload in (False, True):
-        cfg = dataclasses.replace(settings, reward="remove:star", reward_weights=TOY, offload=offload)
-        run, cfg, model, *_ = load(cfg)
-        (network,), places = run.terms["remove:star"][1].networks, {}
-        for name, part in dict(denoiser=model.denoiser, vae=model.vae, reward=network).items():
-            monkeypatch.setattr(part, "to", functools.partial(places.__setitem__, name))
-        monkeypatch.setattr(model, "device", torch.device("cpu", 0))
-        for name in ("rollout", "score", "walk_back"):
-            real = getattr(vader, name)
-
-            def phase(*args, name=name, real=real, places=places, **kwargs):
-                phases.append((name, *(part for part, place in places.items() if place != "cpu")))
-                return real(*args, **kwargs)
-
-            monkeypatch.setattr(vader, name, phase)
-        vader.micro_batch(run, PROMPTS, 0, 0, NO_SCALING)
-        found.append(gradients(model))
-        monkeypatch.undo()
-    assert torch.equal(*found) and found[0].norm() > 0
-    everything = [(name, "vae", "denoiser", "reward") for name in ("rollout", "score", "walk_back")]
-    assert [(name, *sorted(parts)) for name, *parts in phases[:3]] == [
-        (name, *sorted(parts)) for name, *parts in everything
-    ]
-    assert [(name, *sorted(parts)) for name, *parts in phases[3:]] == [
-        ("rollout", "denoiser"),
-        ("score", "reward", "vae"),
-        ("walk_back", "denoiser"),
-    ]
-
-
-def test_lora_is_float32_on_a_bf16_base(settings):
-    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, dtype="bf16"))
-    assert {p.dtype for p in vader.lora_parameters(model).values()} == {torch.float32}
-    assert {p.dtype for p in model.denoiser.parameters() if not p.requires_grad} == {torch.bfloat16}
-    prompts, *_ = batch(cfg, model, conds)
-    vader.micro_batch(run, PROMPTS, 0, 0, NO_SCALING)
-    assert torch.isfinite(gradients(model)).all() and gradients(model).norm() > 0
-
-
-def test_the_lora_loads_in_stock_code_and_gives_our_frames(settings, tmp_path):
-    run, cfg, model, schedule, conds, _ = load(settings)
-    prompts, noise, cond, uncond = batch(cfg, model, conds)
-    ours = model.decode(vader.rollout(model, schedule, noise, cond, uncond, 3.0)[-1], list(range(5)))
-    vader.save_lora(model, tmp_path / "lora")
-    theirs = stock_frames(
-        cfg.model, cfg, prompts, noise, lambda unet: PeftModel.from_pretrained(unet, tmp_path / "lora")
-    )
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-4)
-    without = stock_frames(cfg.model, cfg, prompts, noise)
-    assert (without - theirs).abs().max() > 0.01
-
-
-def test_a_lora_of_another_model_is_refused(settings, tmp_path, capsys):
-    run, _, model, *_ = load(settings)
-    vader.save_lora(model, tmp_path / "lora")
-    assert vader.main(["--mode", "sample", "--model", "tiny", "--lora", str(tmp_path / "lora")]) == 2
-    assert "made for another model" in capsys.readouterr().err
-
-
-# ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
-
-
-def autograd_gradient(model, *given):
-    """The same gradient by one plain graph through sampler, VAE and reward."""
-    reference.one_graph(model, *given)
-    return gradients(model)
-
-
-@pytest.mark.parametrize("K", [1, 3, 4])
-@pytest.mark.parametrize("coupling", [1.0, 0.0])
-@pytest.mark.parametrize("kind", ["image", "clip"])
-@pytest.mark.parametrize("chunk", [1, 5])
-def test_walk_back_equals_plain_autograd(settings, K, coupling, kind, chunk):
-    changes = dict(backprop_steps=K, coupling=coupling, decode_chunk=chunk)
-    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, **changes))
-    if kind == "clip":
-        terms = {"clip": (0.7, clip_reward)}
-    prompts, noise, cond, uncond = batch(cfg, model, conds)
-    frames = list(range(5))
-    latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
-    _, g = vader.score(model, terms, latents[-1], prompts, frames, chunk)
-    trained = vader.trained_steps(cfg, None, schedule)
-    vader.walk_back(model, schedule, latents, g, cond, uncond, trained, cfg)
-    ours = gradients(model)
-    clear(model)
-    theirs = autograd_gradient(
-        model, schedule, cfg, terms, prompts, noise, cond, uncond, frames, K, coupling == 1
-    )
-    assert theirs.norm() > 0
-    assert (ours - theirs).norm() / theirs.norm() < 1e-5
-
-
-def test_detached_unconditional_branch(settings):
-    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, detach_uncond=True))
-    prompts, noise, cond, uncond = batch(cfg, model, conds)
-    latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
-    _, g = vader.score(model, terms, latents[-1], prompts, [0, 2])
-    vader.walk_back(model, schedule, latents, g, cond, uncond, [3], cfg)
-    ours = gradients(model)
-    clear(model)
-    theirs = autograd_gradient(model, schedule, cfg, terms, prompts, noise, cond, uncond, [0, 2], 1, True)
-    assert (ours - theirs).norm() / theirs.norm() < 1e-5
-
-
-def test_kl_pulls_to_the_base_model(settings):
-    run, cfg, model, schedule, conds, _ = load(settings)
-    prompts, noise, cond, uncond = batch(cfg, model, conds)
-    latents = vader.rollout(model, schedule, noise, cond, uncond, 3.0)
-    zero = torch.zeros_like(noise)
-    change = vader.walk_back(model, schedule, latents, zero, cond, uncond, [3], cfg, kl_weight=0.5)
-    ours = gradients(model)
-    clear(model)
-    with torch.no_grad(), model.denoiser.disable_adapter():
-        base = model.denoise(latents[3], schedule.t[3], cond)
-    loss = (model.denoise(latents[3], schedule.t[3], cond) - base).square().mean()
-    (0.5 * loss).backward()
-    assert change == pytest.approx(loss.item(), rel=1e-4) and change > 0
-    assert (ours - gradients(model)).norm() / ours.norm() < 1e-5
-    assert vader.walk_back(model, schedule, latents, zero, cond, uncond, [3], cfg) == 0
-
-
-def test_a_reached_target_gives_no_gradient(settings):
-    run, cfg, model, schedule, conds, terms = load(settings)
-    prompts, noise, cond, uncond = batch(cfg, model, conds)
-    x = vader.rollout(model, schedule, noise, cond, uncond, 3.0)[-1]
-    values, g = vader.score(model, terms, x, prompts, [0])
-    low, high = sorted(values["reward"].tolist())
-    _, hinged = vader.score(model, terms, x, prompts, [0], target=(low + high) / 2)
-    lower = values["reward"].argmin()
-    assert torch.equal(hinged[lower], g[lower]) and g[lower].norm() > 0
-    assert hinged[1 - lower].norm() == 0 < g[1 - lower].norm()
-
-
-def test_terms_add_up_and_bad_rewards_are_named(settings):
-    run, cfg, model, schedule, conds, terms = load(dataclasses.replace(settings, reward="2*colorful"))
-    prompts, noise, cond, uncond = batch(cfg, model, conds)
-    both = terms | {"clip": (0.5, clip_reward)}
-    values, _ = vader.score(model, both, noise, prompts, list(range(5)))
-    torch.testing.assert_close(values["reward"], 2 * values["colorful"] + 0.5 * values["clip"])
-    flat = {"flat": (1.0, lambda frames, prompts: torch.ones(2))}
-    with pytest.raises(BadInput, match="'flat' must return .2,., one per video"):
-        vader.score(model, flat, noise, prompts, [0])
-
-
-def test_which_steps_train():
-    cfg = Config(backprop_steps=3, num_inference_steps=9)
-    schedule = vader.flow_schedule(torch.tensor([1.0, 0.9, 0.6, 0.58, 0.5, 0.3, 0.28, 0.2, 0.08, 0.0]))
-
-    def trained(kind, generator=None):
-        return vader.trained_steps(dataclasses.replace(cfg, grad_steps=kind), generator, schedule)
-
-    assert trained("last") == [6, 7, 8] and trained("spread") == [0, 4, 8]
-    assert trained("strongest") == [1, 4, 7]  # the steps of 0.3, 0.2 and 0.12
-    random = {tuple(trained("random", vader.generator_for(n))) for n in range(9)}
-    assert len(random) > 1 and all(len(set(steps)) == 3 for steps in random)
-
-
-@pytest.mark.parametrize("kind", ["svd", "wan"])
-def test_where_the_last_step_hardly_moves_the_video_another_trains(kind, checkpoints):
-    cfg, source, family = vader.resolve(Config(model=str(checkpoints(kind)), height=32, width=32))
-    schedule = family(source, "cpu", torch.float32).schedule(cfg)
-    (step,) = vader.trained_steps(cfg, None, schedule)
-    assert schedule.leverage(step) > 0.09 and schedule.leverage(len(schedule) - 1) < 0.01
-
-
-def peak_of_an_update(cfg):
-    run, cfg, model, schedule, conds, terms = load(cfg)
-    prompts, *_ = batch(cfg, model, conds)
-    weights = sum(p.nbytes for part in (model.denoiser, model.vae) for p in part.parameters())
-    with vader.LiveStorages() as memory:
-        vader.micro_batch(run, PROMPTS, 0, 0, NO_SCALING)
-    return memory.peak, weights
-
-
-def test_peak_memory_is_flat_in_trained_steps_and_decoded_frames(settings):
-    settings = dataclasses.replace(settings, checkpointing=True)
-    base, weights = peak_of_an_update(settings)
-    assert base > 100_000
-    all_steps, _ = peak_of_an_update(dataclasses.replace(settings, backprop_steps=4))
-    all_frames, _ = peak_of_an_update(dataclasses.replace(settings, decode_frames=5))
-    at_once, _ = peak_of_an_update(dataclasses.replace(settings, decode_frames=5, decode_chunk=5))
-    not_recomputed, _ = peak_of_an_update(dataclasses.replace(settings, checkpointing=False))
-    peaks = dict(base=base, all_steps=all_steps, all_frames=all_frames, at_once=at_once, plain=not_recomputed)
-    print("peak MB:", {name: round(peak / 1e6, 2) for name, peak in peaks.items()}, "weights", weights / 1e6)
-    assert all_steps < 1.05 * base
-    assert all_frames < 1.05 * base
-    assert not_recomputed > 1.3 * base
-
-
-# ---- 6. Prompts and randomness -----------------------------------------------------------------------------
-
-
-def test_draws_depend_on_their_key_only():
-    draw = [torch.randn(4, generator=vader.generator_for(0, *key)) for key in ((1, 2), (1, 2), (2, 1), (12,))]
-    assert (
-        torch.equal(draw[0], draw[1])
-        and not torch.equal(draw[0], draw[2])
-        and not torch.equal(draw[0], draw[3])
-    )
-
-
-def test_held_out_prompts_are_not_trained_on(prompts_file, tmp_path):
-    cfg = Config(prompts=prompts_file, batch_size=5)
-    train, held_out = vader.split_prompts(cfg)
-    assert (len(train), len(held_out)) == (11, 1) and not set(train) & set(held_out)
-    drawn = [prompt for n in range(11) for prompt in vader.batch_prompts(train, cfg, n)]
-    assert all(drawn.count(prompt) == 5 for prompt in train)  # every prompt once in each round
-    (tmp_path / "one.txt").write_text("a cat\n")
-    with pytest.raises(BadInput, match="one prompt"):
-        vader.split_prompts(Config(prompts=str(tmp_path / "one.txt")))
-    assert vader.split_prompts(Config(prompts=prompts_file, eval_prompts=str(tmp_path / "one.txt")))[1] == [
-        "a cat"
-    ]
-
-
-def test_shipped_prompts_hold_out_what_the_tiny_world_holds_out():
-    import make
-
-    unseen = {make.caption(c) for c in make.UNSEEN}
-    prompts, unseen_file = (
-        vader.read_prompts(str(HERE / name)) for name in ("prompts.txt", "tiny/unseen.txt")
-    )
-    assert len(prompts) == 50 and not unseen & set(prompts) and set(unseen_file) <= unseen
-
-
-def test_frames_are_picked_as_rewards_want():
-    cfg, image, clip = Config(num_frames=9), {"i": (1.0, len)}, {"i": (1.0, len), "c": (1.0, clip_reward)}
-    picks = [vader.pick_frames(cfg, image, vader.generator_for(n)) for n in range(40)]
-    assert all(len(p) == 1 for p in picks) and len({p[0] for p in picks}) == 9
-    assert vader.pick_frames(cfg, clip, None) == [0, 2, 4, 6, 8]
-    three = vader.pick_frames(dataclasses.replace(cfg, decode_frames=3), image, vader.generator_for(1))
-    assert len(set(three)) == 3 and three == sorted(three)
-    # latent frame 0 holds one frame, those after it four each
-    assert vader.pick_frames(cfg, clip, None, time=4) == [0, 1, 2]
-    assert vader.pick_frames(dataclasses.replace(cfg, decode_frames=2), clip, None, time=4) == [0, 2]
-    assert {tuple(vader.pick_frames(cfg, image, vader.generator_for(n), time=4)) for n in range(40)} == {
-        (0,),
-        (1,),
-        (2,),
-    }
-
-
-def test_bad_image_prompts_are_one_line(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    (tmp_path / "broken.png").write_text("no picture")
-    for line, message in [
-        ("a cat", r"line 1: write \{"),
-        ('{"prompt": "a"}', r"line 1: write \{"),
-        ('{"prompt": "a", "image": "none.png"}', "line 1: no image .*none.png"),
-        ('{"prompt": "a", "image": "broken.png"}', "broken.png can't be read as an image"),
-    ]:
-        path.write_text(line)
-        with pytest.raises(BadInput, match=message):
-            vader.read_prompts(str(path))
-    with pytest.raises(BadInput, match="starts from an image"):
-        vader.read_prompts(str(HERE / "prompts.txt"), images=True)
-
-
-def test_one_text_with_two_images_is_two_prompts(tmp_path):
-    for name in ("a.jpg", "b.jpg"):
-        shutil.copy(HERE / "tiny" / "photo-cat.jpg", tmp_path / name)
-    lines = [json.dumps({"prompt": "a cat", "image": name}) for name in ("a.jpg", "b.jpg")]
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    first, second = vader.read_prompts(str(tmp_path / "prompts.jsonl"))
-    assert first == second == "a cat" and vader.cond_key(first) != vader.cond_key(second)
-
-
-# ---- 7. Files and resume -----------------------------------------------------------------------------------
-
-
-def lora_of(folder):
-    from safetensors.torch import load_file
-
-    return load_file(Path(folder) / "lora" / "adapter_model.safetensors")
-
-
-def same(first, second, tolerance=0.0):
-    assert first.keys() == second.keys()
-    return all((first[k] - second[k]).abs().max() <= tolerance * (1 + second[k].abs().max()) for k in first)
-
-
-def test_resumed_equals_uninterrupted_bitwise(settings, tmp_path):
-    cfg = dataclasses.replace(settings, steps=4, ema_decay=0.5, eval_every=2, eta=0.3)
-    whole = dataclasses.replace(cfg, out=str(tmp_path / "whole"))
-    rows = vader.train(whole)
-    vader.train(dataclasses.replace(cfg, steps=2))
-    again = vader.train(dataclasses.replace(cfg, resume=True))
-    assert same(lora_of(cfg.out), lora_of(whole.out))
-    assert any(value.abs().max() > 0 for name, value in lora_of(cfg.out).items() if "lora_B" in name)
-    strip = [{k: v for k, v in row.items() if k not in ("seconds", "memory_gb")} for row in rows]
-    assert strip == [{k: v for k, v in row.items() if k not in ("seconds", "memory_gb")} for row in again]
-    assert [row["step"] for row in rows] == [0, 1, 2, 2, 3, 4, 4]
-    with pytest.raises(BadInput, match="started with --lr 0.01"):
-        vader.train(dataclasses.replace(cfg, resume=True, lr=0.5))
-    with pytest.raises(BadInput, match="add --resume"):
-        vader.train(cfg)
-
-
-KILLER = """
-import json, os, random, signal, sys, time
-import torch
-import vader
-torch.set_num_threads(1)  # so that forking is safe
-cfg = vader.Config(**json.loads(sys.argv[1]))
-random.seed(int(sys.argv[3]))
-reached = 0
-for kill in range(int(sys.argv[2])):
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        os.dup2(1, 2)
-        cfg.resume = os.path.exists(cfg.out + "/config.json")
-        vader.train(cfg)
-        os._exit(0)
-    time.sleep(random.uniform(1.0, 4.0))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    state = vader.Path(cfg.out) / "checkpoint" / "state.pt"
-    step = torch.load(state, weights_only=True)["step"] if state.exists() else 0
-    logged = max([row["step"] for row in vader.read_metrics(vader.Path(cfg.out))], default=0)
-    assert reached <= step <= logged <= step + 1, (reached, step, logged)
-    reached = step
-print("reached", reached)
-cfg.steps, cfg.resume = reached + 1, True
-vader.train(cfg)
-"""
-
-
-def kill_and_resume(cfg, kills, seed=0):
-    code = [sys.executable, "-c", KILLER, json.dumps(dataclasses.asdict(cfg)), str(kills), str(seed)]
-    done = subprocess.run(code, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return int(re.search(r"reached (\d+)", done.stdout).group(1)) + 1
-
-
-def test_kill_at_any_moment_loses_the_current_update_only(settings, tmp_path):
-    cfg = dataclasses.replace(
-        settings, steps=1000, eval_every=1000, eval_videos=1, num_inference_steps=1, batch_size=1
-    )
-    steps = kill_and_resume(cfg, kills=5)
-    assert steps > 1
-    whole = dataclasses.replace(cfg, steps=steps, out=str(tmp_path / "whole"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    vader.train(whole)
-    torch.set_num_threads(threads)
-    assert same(lora_of(cfg.out), lora_of(whole.out))
-    rows = vader.read_metrics(Path(cfg.out))
-    assert [row["step"] for row in rows if "reward" in row] == list(range(1, steps + 1))
-
-
-def test_a_half_written_last_row_is_left_out(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
-    assert vader.read_metrics(tmp_path) == [{"step": 1}, {"step": 2}]
-    assert vader.read_metrics(tmp_path, until=1) == [{"step": 1}]
-
-
-# ---- 8. Evaluation and page --------------------------------------------------------------------------------
-
-
-def test_summary_is_paired():
-    assert vader.summary([1.0, 2.0], [2.0, 4.0]).startswith(
-        "1.500 -> 3.000 (+1.500, standard error 0.500, 2 videos"
-    )
-
-
-def test_videos_do_not_depend_on_the_batch(settings):
-    run, cfg, model, schedule, conds, _ = load(settings)
-    prompts = ["a moon", "a red kite rising over the sea", "a moon"]
-    together = vader.make_videos(run, prompts)
-    alone = vader.make_videos(run, prompts[2:], first=2)
-    torch.testing.assert_close(together[2:], alone, rtol=0, atol=1e-4)
-    assert (together[0] - together[2]).abs().max() > 0.01  # same prompt, other noise
-
-
-def test_what_a_run_writes(settings):
-    rows = vader.train(dataclasses.replace(settings, eval_every=1))
-    out = Path(settings.out)
-    page = (out / "index.html").read_text()
-    assert "<svg" in page and page.count("<video") == 4
-    for video in re.findall(r'<video src="([^"]+)"', page):
-        frames = vader.iio.imread(out / video, plugin="FFMPEG")
-        assert len(frames) == 5 and frames.shape[1] * 3 == frames.shape[2] * 2
-    assert (out / "comparison.png").stat().st_size > 1000
-    assert json.loads((out / "config.json").read_text())["lr"] == 0.01
-    assert {"reward", "colorful", "grad_norm", "kl", "skipped", "seconds", "memory_gb"} < rows[1].keys()
-    assert rows[-1]["eval"]["prompts"] == rows[0]["eval"]["prompts"] and len(rows[0]["eval"]["reward"]) == 2
-    assert rows[-1]["eval"]["reward"] != rows[0]["eval"]["reward"]
-
-
-# ---- 9. Training -------------------------------------------------------------------------------------------
-
-
-def test_training_raises_the_reward(settings):
-    cfg = dataclasses.replace(settings, steps=12, lr=3e-2, eval_videos=8)
-    rows = vader.train(cfg)
-    gain = np.subtract(rows[-1]["eval"]["reward"], rows[0]["eval"]["reward"])
-    assert gain.mean() > 3 * gain.std(ddof=1) / math.sqrt(len(gain)) > 0
-
-
-def test_own_reward_from_a_notebook(settings):
-    def darkness(frames, prompts):
-        return 1 - frames.mean((1, 2, 3, 4))
-
-    rows = vader.train(dataclasses.replace(settings, steps=1), reward=darkness)
-    assert "darkness" in rows[1] and rows[1]["grad_norm"] > 0
-
-
-def test_own_reward_of_the_readme(settings, monkeypatch):
-    code = re.search(r"```python\n(def make_.*?)```", README, flags=re.S).group(1)
-    assert len(code.splitlines()) <= 10
-    space = vars(rewards)
-    exec(code, space)
-    name = re.search(r"def make_(\w+)", code).group(1)
-    monkeypatch.setitem(rewards.REWARDS, name, space[f"make_{name}"])
-    rows = vader.train(dataclasses.replace(settings, steps=1, reward=f"{name} + 0.1*colorful"))
-    assert rows[1]["reward"] == pytest.approx(rows[1][name] + 0.1 * rows[1]["colorful"], rel=1e-4)
-
-
-def broken_after(calls):
-    seen = []
-
-    def reward(frames, prompts):
-        seen.append(1)
-        value = frames.mean((1, 2, 3, 4))
-        return value * math.nan if len(seen) > calls and frames.requires_grad else value
-
-    return reward
-
-
-def test_a_non_finite_gradient_skips_its_update(settings):
-    calls = []
-
-    def sometimes(frames, prompts):
-        calls.append(frames.requires_grad)
-        return frames.mean((1, 2, 3, 4)) * (math.nan if sum(calls) == 2 and calls[-1] else 1)
-
-    rows = [
-        row
-        for row in vader.train(dataclasses.replace(settings, steps=3), reward=sometimes)
-        if "reward" in row
-    ]
-    assert [row["skipped"] for row in rows] == [0, 1, 1]
-    assert math.isnan(rows[1]["grad_norm"]) and rows[2]["grad_norm"] > 0
-    assert all(torch.isfinite(value).all() for value in lora_of(settings.out).values())
-
-
-def test_ten_non_finite_gradients_in_a_row_stop_the_run(settings):
-    with pytest.raises(FloatingPointError, match=r"at update 10, prompt 'a .*', seed 0"):
-        vader.train(
-            dataclasses.replace(settings, steps=40, num_inference_steps=1, eval_videos=1),
-            reward=broken_after(4),
-        )
-
-
-def test_ctrl_c_saves_and_says_how_to_resume(settings, capsys, monkeypatch):
-    calls = []
-
-    def interrupting(frames, prompts):
-        calls.append(frames.requires_grad)
-        if sum(calls) == 2 and calls[-1]:
-            os.kill(os.getpid(), signal.SIGINT)
-        return frames.mean((1, 2, 3, 4))
-
-    monkeypatch.setattr(sys, "argv", ["vader.py", "--reward", "a + b"])
-    before = signal.getsignal(signal.SIGINT)
-    rows = vader.train(dataclasses.replace(settings, steps=50), reward=interrupting)
-    assert signal.getsignal(signal.SIGINT) is before
-    assert rows[-1]["step"] == 2
-    assert "python vader.py --reward 'a + b' --resume" in capsys.readouterr().out
-    assert torch.load(Path(settings.out) / "checkpoint" / "state.pt", weights_only=True)["step"] == 2
-
-
-def command(cfg, *launcher):
-    words = [*(launcher or (sys.executable,)), str(HERE / "vader.py")]
-    for name, value in dataclasses.asdict(cfg).items():
-        if value not in (None, False) and value != getattr(Config(), name):
-            words += [f"--{name}", str(value)]
-    return words
-
-
-def run_command(words, **environment):
-    done = subprocess.run(words, cwd=HERE, capture_output=True, text=True, env=os.environ | environment)
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def test_two_ranks_equal_one_with_twice_the_accumulation(settings, tmp_path):
-    two = dataclasses.replace(settings, eval_videos=1, out=str(tmp_path / "two"))
-    run_command(
-        command(two, sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"), OMP_NUM_THREADS="1"
-    )
-    one = dataclasses.replace(two, grad_accum=2, out=str(tmp_path / "one"))
-    vader.train(one)
-    assert same(lora_of(two.out), lora_of(one.out), tolerance=1e-4)
-    assert not same(lora_of(two.out), lora_of(one.out), tolerance=-1)
-
-
-# ---- 10. Sampling and scoring ------------------------------------------------------------------------------
-
-
-def test_sample_and_eval_modes(settings, tmp_path, capsys):
-    run, _, model, *_ = load(settings)
-    vader.save_lora(model, tmp_path / "lora")
-    short = tmp_path / "short.txt"
-    short.write_text("a moon\na red kite rising over the sea\na white star\n")
-    common = dict(prompts=str(short), lora=str(tmp_path / "lora"))
-    vader.sample(dataclasses.replace(settings, mode="sample", out=str(tmp_path / "s"), **common))
-    named = json.loads((tmp_path / "s" / "prompts.json").read_text())
-    assert named == {
-        "000.mp4": "a moon",
-        "001.mp4": "a red kite rising over the sea",
-        "002.mp4": "a white star",
-    }
-    assert all((tmp_path / "s" / name).stat().st_size > 500 for name in named)
-    scored = dataclasses.replace(settings, mode="eval", out=str(tmp_path / "e"), reward="colorful", **common)
-    vader.compare(scored)
-    result = json.loads((tmp_path / "e" / "eval.json").read_text())
-    assert len(result["base"]["colorful"]) == 3 and result["base"]["reward"] != result["tuned"]["reward"]
-    assert "colorful: " in capsys.readouterr().out and (tmp_path / "e" / "index.html").exists()
-    with pytest.raises(BadInput, match="not empty"):
-        vader.compare(scored)
-
-
-def hub_cache(home: Path, repo: str) -> Path:
-    """The folder where the hub's cache keeps the files of a repository."""
-    folder = home / "hub" / f"models--{repo.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True)
-    (folder / "refs" / "main").write_text("0" * 40)
-    return folder / "snapshots" / ("0" * 40)
-
-
-def test_modelscope_and_the_published_aesthetic_files_end_to_end(settings, small, tmp_path):
-    """`--model modelscope --reward aesthetic` as a user types it, on narrow random files in the cache."""
-    shutil.copytree(small, hub_cache(tmp_path, "ali-vilab/text-to-video-ms-1.7b"))
-    narrow = dict(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, patch_size=32
-    )
-    clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**narrow, image_size=224, projection_dim=768))
-    clip.save_pretrained(hub_cache(tmp_path, "openai/clip-vit-large-patch14"))
-    head = hub_cache(tmp_path, "trl-lib/ddpo-aesthetic-predictor")
-    head.mkdir(parents=True)
-    torch.save(rewards.AestheticHead(768).state_dict(), head / "aesthetic-model.pth")
-    cfg = dataclasses.replace(settings, model="modelscope", reward="aesthetic + 0.1*colorful", steps=1)
-    said = run_command(command(cfg), HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
-    assert "modelscope on cpu" in said and "leverage" in said
-    rows = vader.read_metrics(Path(cfg.out))
-    assert rows[1]["grad_norm"] > 0 and {"aesthetic", "colorful"} < rows[1].keys()
+# ---- 12. Memory plan ---------------------------------------------------------------------------------------
+
+
+def planned(capsys, *words):
+    """Exit code and the printed gigabytes of --plan."""
+    code = vader.main(["--plan", *words])
+    text = capsys.readouterr().out
+    return code, {name.strip(): float(size) for name, size in re.findall(r"^(.+?) +([\d.]+) GB", text, re.M)}
+
+
+def test_plan_of_modelscope_needs_no_weights_and_adds_up(capsys):
+    code, found = planned(capsys, "--model", "modelscope", "--reward", "aesthetic", "--vram", "4")
+    # U-Net 1.41, VAE decoder and encoder 0.08, CLIP ViT-L/14 vision 0.30 thousand million weights in bf16,
+    # LoRA in float32
+    assert code == 1 and 3.5 < found["all weights"] < 3.8
+    assert found["peak"] == max(found.values()) and 0.5 < found["walk back"] - found["all weights"] < 2
+
+
+@pytest.mark.parametrize("name", ["wan", "svd", "animatediff", "cogvideox", "ltx"])
+def test_plan_follows_every_family(name, checkpoints, capsys):
+    """On small checkpoints, with bigger videos: more memory."""
+    words = ["--model", str(checkpoints(name)), "--reward", "colorful", "--num_frames", "9"]
+    code, small = planned(capsys, *words, "--height", "64", "--width", "64", "--vram", "16")
+    assert code == 0
+    _, large = planned(capsys, *words, "--height", "128", "--width", "128")
+    assert large["peak"] >= small["peak"]
+
+
+def test_plan_says_what_it_can_not_do(capsys):
+    assert vader.main(["--plan", "--model", "some/unknown-model"]) == 2
+    assert "some/unknown-model" in capsys.readouterr().err
+
+
+def test_plan_follows_vjepa_and_offloading():
+    cfg = Config(model="tiny", reward="vjepa", reward_weights=TOY, dtype="bf16", num_frames=4)
+    found, offloaded = (vader.predict(dataclasses.replace(cfg, offload=on)) for on in (False, True))
+    denoiser = sum(p.numel() for p in UNet3DConditionModel.from_pretrained(TINY / "unet").parameters())
+    reward = sum(p.numel() for p in VJEPA2Model.from_pretrained(Path(TOY) / "vjepa").parameters())
+    vae = sum(p.numel() for p in AutoencoderKL.from_pretrained(TINY / "vae").parameters())
+    saved = {name: 1e9 * (found[name] - offloaded[name]) for name in found}
+    # what waits on the host, at 2 bytes a weight; the LoRA goes with the denoiser
+    assert saved["score"] == pytest.approx(2 * denoiser, rel=0.2)
+    assert saved["rollout"] == saved["walk back"] == pytest.approx(2 * (vae + reward), rel=0.05)
 
 
 # ---- rewards.py --------------------------------------------------------------------------------------------
@@ -1686,51 +1746,6 @@ def test_tiny_aesthetic_ranks_unseen_pictures():
     assert np.corrcoef(*ranks)[0, 1] >= 0.9
 
 
-# ---- 11. Memory plan ---------------------------------------------------------------------------------------
-
-
-def planned(capsys, *words):
-    """Exit code and the printed gigabytes of --plan."""
-    code = vader.main(["--plan", *words])
-    text = capsys.readouterr().out
-    return code, {name.strip(): float(size) for name, size in re.findall(r"^(.+?) +([\d.]+) GB", text, re.M)}
-
-
-def test_plan_of_modelscope_needs_no_weights_and_adds_up(capsys):
-    code, found = planned(capsys, "--model", "modelscope", "--reward", "aesthetic", "--vram", "4")
-    # U-Net 1.41, VAE decoder and encoder 0.08, CLIP ViT-L/14 vision 0.30 thousand million weights in bf16,
-    # LoRA in float32
-    assert code == 1 and 3.5 < found["all weights"] < 3.8
-    assert found["peak"] == max(found.values()) and 0.5 < found["walk back"] - found["all weights"] < 2
-
-
-@pytest.mark.parametrize("name", ["wan", "svd", "animatediff", "cogvideox", "ltx"])
-def test_plan_follows_every_family(name, checkpoints, capsys):
-    """On small checkpoints, with bigger videos: more memory."""
-    words = ["--model", str(checkpoints(name)), "--reward", "colorful", "--num_frames", "9"]
-    code, small = planned(capsys, *words, "--height", "64", "--width", "64", "--vram", "16")
-    assert code == 0
-    _, large = planned(capsys, *words, "--height", "128", "--width", "128")
-    assert large["peak"] >= small["peak"]
-
-
-def test_plan_says_what_it_can_not_do(capsys):
-    assert vader.main(["--plan", "--model", "some/unknown-model"]) == 2
-    assert "some/unknown-model" in capsys.readouterr().err
-
-
-def test_plan_follows_vjepa_and_offloading():
-    cfg = Config(model="tiny", reward="vjepa", reward_weights=TOY, dtype="bf16", num_frames=4)
-    found, offloaded = (vader.predict(dataclasses.replace(cfg, offload=on)) for on in (False, True))
-    denoiser = sum(p.numel() for p in UNet3DConditionModel.from_pretrained(TINY / "unet").parameters())
-    reward = sum(p.numel() for p in VJEPA2Model.from_pretrained(Path(TOY) / "vjepa").parameters())
-    vae = sum(p.numel() for p in AutoencoderKL.from_pretrained(TINY / "vae").parameters())
-    saved = {name: 1e9 * (found[name] - offloaded[name]) for name in found}
-    # what waits on the host, at 2 bytes a weight; the LoRA goes with the denoiser
-    assert saved["score"] == pytest.approx(2 * denoiser, rel=0.2)
-    assert saved["rollout"] == saved["walk back"] == pytest.approx(2 * (vae + reward), rel=0.05)
-
-
 # ---- bench -------------------------------------------------------------------------------------------------
 
 
@@ -1909,12 +1924,17 @@ def test_redrawing_without_noise_is_the_last_step(settings, monkeypatch):
 
 
 def test_generalise_separates_prompts_and_scales_the_lora(bench, monkeypatch):
-    monkeypatch.setattr(generalise, "SETTINGS", bench | dict(batch_size=2, lr=1e-2, grad_accum=1))
+    settings = dict(batch_size=2, lr=1e-2, grad_accum=1, steps=1)
+    monkeypatch.setattr(generalise, "COMMON", bench)
+    monkeypatch.setattr(generalise, "SETTINGS", {"aesthetic": settings})
+    monkeypatch.setattr(generalise, "BASE", {})
     sets = generalise.prompt_sets(20)
     trained, *others = (set(prompts) for prompts in sets.values())
     assert not any(trained & other for other in others)
-    assert all(("purple" in p) or ("kite" in p) for p in sets["unseen words"])
-    rows, scales = generalise.study("aesthetic", steps=1, videos=2, samples=3)
+    words = [{word for prompt in prompts for word in prompt.split()} for prompts in sets.values()]
+    assert words[1] <= words[0] and all(("purple" in p) or ("kite" in p) for p in sets["unseen words"])
+    rows = generalise.study("aesthetic", 0, videos=2)
+    scales = generalise.strengths("aesthetic", videos=2, samples=3)
     assert [row["prompts"] for row in rows] == list(sets)
     assert scales[0]["aesthetic"] != scales[-1]["aesthetic"]
     (whole,) = (row for row in rows if row["prompts"] == "unseen combinations")

@@ -30,11 +30,12 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
     v               d loss / d frames                   w         classifier-free guidance scale
     K, T            trained steps, sampling steps
 
-Contents (search for "# ----"): 1 config, 2 schedule, 3 models, 4 LoRA, 5 rollout, score, walk back, 6 prompts
-and randomness, 7 files and resume, 8 loading, evaluation, page, 9 training, 10 sampling and scoring, 11
-memory plan. Rewards and `checkpoint_blocks`, which they use too, are in rewards.py. What people change is
-marked "SWAP:". The loss is minus the reward, for every reward; the paper's per-reward loss forms are
-left out.
+Contents (search for "# ----"): 1 config and settings, 2 prompts and randomness, 3 schedule, 4 the model, 5
+LoRA, 6 rollout, score, walk back, 7 files and resume, 8 loading, evaluation, page, 9 training, 10 sampling,
+scoring, command line. That is the trainer, for the paper's model. Two appendices: 11 more models, 12 memory
+plan (--plan). Rewards and `checkpoint_blocks`, which they use too, are in rewards.py. What people change is
+marked "SWAP:". The loss is minus the reward, for every reward; the paper's per-reward loss forms are left
+out.
 """
 
 import argparse
@@ -99,7 +100,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = HERE / "configs"  # of the models and rewards, without weights: for --plan
 
 
-# ---- 1. Config and command line ----------------------------------------------------------------------------
+# ---- 1. Config and settings --------------------------------------------------------------------------------
 
 Count = Annotated[int, (1, math.inf)]
 Positive = Annotated[float, (1e-12, math.inf)]
@@ -328,7 +329,121 @@ def check_lora(folder: str, skeleton: torch.nn.Module):
             need(fits, f"--lora {folder} was made for another model ({path} differs): give that --model")
 
 
-# ---- 2. Schedule -------------------------------------------------------------------------------------------
+# ---- 2. Prompts and randomness -----------------------------------------------------------------------------
+
+
+def generator_for(*key) -> torch.Generator:
+    """A CPU generator seeded by a hash of the key: any draw can be made again without saved state."""
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Prompt(str):
+    """A prompt with the file of the image that its video starts from; to a reward it is its text."""
+
+    image: str | None = None
+
+
+def cond_key(prompt: str) -> tuple:
+    """What tells one prompt's conditioning from another's: text and image."""
+    return str(prompt), getattr(prompt, "image", None)
+
+
+def read_image(path: str, height=None, width=None):
+    """An image file as (3, H, W) float32 in [0, 1], resized if a size is given."""
+    picture = Image.open(path).convert("RGB")
+    if height:
+        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
+# SWAP: your prompts.
+def read_prompts(path: str, images=False) -> list[str]:
+    """The prompts of a text file, one a line, or of a .jsonl file of {"prompt": ..., "image": ...} lines.
+
+    Image paths are relative to the file. images: the model needs one each. Raises BadInput when the file is
+    missing, empty, not text or not json, or an image is missing or can't be read.
+    """
+    need(Path(path).is_file(), f"no prompt file {path}: give --prompts a text file, one prompt a line")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        text = "\0"
+    need("\0" not in text, f"{path} is not a text file: give one prompt a line, in UTF-8")
+    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1)]
+    lines = [(n, line) for n, line in lines if line and not line.startswith("#")]
+    need(lines, f"{path} holds no prompts: write one a line")
+    if Path(path).suffix == ".jsonl":
+        return [image_prompt(path, n, line) for n, line in lines]
+    wanted = '{"prompt": "...", "image": "file.png"}'
+    need(not images, f"this model starts from an image: give --prompts a .jsonl file, one {wanted} a line")
+    return [line for _, line in lines]
+
+
+def image_prompt(path: str, number: int, line: str) -> Prompt:
+    """One line of a .jsonl prompt file. Raises BadInput."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("image"), str)
+    need(good, f'{path}, line {number}: write {{"prompt": "...", "image": "file.png"}}')
+    prompt = Prompt(row["prompt"])
+    prompt.image = str(Path(path).parent / row["image"])
+    need(Path(prompt.image).is_file(), f"{path}, line {number}: no image {prompt.image}")
+    try:
+        read_image(prompt.image)
+    except (UnidentifiedImageError, OSError):
+        raise BadInput(f"{path}, line {number}: {prompt.image} can't be read as an image") from None
+    return prompt
+
+
+def split_prompts(cfg: Config, images=False) -> tuple[list[str], list[str]]:
+    """Prompts to train on, and held-out ones: --eval_prompts, else every tenth of --prompts."""
+    prompts = read_prompts(cfg.prompts, images)
+    if cfg.eval_prompts:
+        return prompts, read_prompts(cfg.eval_prompts, images)
+    need(len(prompts) > 1, f"{cfg.prompts} has one prompt and one is held back: add more, or --eval_prompts")
+    every = min(10, len(prompts))
+    return [p for i, p in enumerate(prompts, 1) if i % every], prompts[every - 1 :: every]
+
+
+def batch_prompts(prompts: list[str], cfg: Config, batch: int) -> list[str]:
+    """The prompts of the run's batch number `batch`: the file again and again, each time in a new order."""
+    chosen = []
+    for place in range(batch * cfg.batch_size, (batch + 1) * cfg.batch_size):
+        shuffle = generator_for(cfg.seed, "order", place // len(prompts))
+        order = torch.randperm(len(prompts), generator=shuffle)
+        chosen.append(prompts[order[place % len(prompts)]])
+    return chosen
+
+
+def pick_frames(cfg: Config, terms: dict, generator, time=1) -> list[int]:
+    """Latent frames to decode and score: random ones, or those of an evenly spaced clip if one is wanted.
+
+    time: frames in a latent frame; the first latent frame holds one.
+    """
+    wants = [getattr(reward, "frames", 1) for _, reward in terms.values()]
+    wanted = max(cfg.num_frames if n == "all" else n for n in wants)
+    n = min(cfg.decode_frames or wanted, cfg.num_frames)
+    if wanted > 1:
+        frames = torch.linspace(0, cfg.num_frames - 1, n).round().long()
+        return sorted({(frame + time - 1) // time for frame in frames.tolist()})
+    return sorted(torch.randperm((cfg.num_frames - 1) // time + 1, generator=generator)[:n].tolist())
+
+
+def collate(conds: dict, prompts: list[str]) -> tuple[dict, dict]:
+    """Conditioning of a batch of prompts with and without their text: every entry gets a batch dimension.
+
+    What the empty prompt's has not, an image that both guidance branches are given, comes from the prompt's.
+    """
+    rows = [conds[cond_key(prompt)] for prompt in prompts]
+    cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    empty = {name: value.expand(len(rows), *value.shape) for name, value in conds[cond_key("")].items()}
+    return cond, cond | empty
+
+
+# ---- 3. Schedule -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -388,47 +503,12 @@ def ddim_schedule(
     return Schedule(t=t, a=a, b=b, c=torch.ones_like(now), p=p, q=q, s=s)
 
 
-def edm_schedule(config: dict, num_inference_steps: int) -> Schedule:
-    """Euler steps over noise levels sigma, v prediction (Karras et al. 2022, alg. 1 and eq. 7)."""
-    scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
-    kind = scheduler.config.prediction_type
-    need(kind == "v_prediction", f"this model predicts {kind}; Euler over noise levels here: v_prediction")
-    scheduler.set_timesteps(num_inference_steps)
-    sigmas = scheduler.sigmas.double()
-    now, then = sigmas[:-1], sigmas[1:]
-    p, q = 1 / (now**2 + 1), -now / (now**2 + 1).sqrt()
-    # x' = x + (then - now) * (x - x0) / now
-    ratio = then / now
-    a, b, c = ratio + (1 - ratio) * p, (1 - ratio) * q, 1 / (now**2 + 1).sqrt()
-    start = float(scheduler.init_noise_sigma)
-    return Schedule(t=scheduler.timesteps, a=a, b=b, c=c, p=p, q=q, s=torch.zeros_like(a), start=start)
-
-
-def flow_schedule(sigmas) -> Schedule:
-    """Euler steps of rectified flow (Liu et al. 2022): x = (1 - sigma) x0 + sigma noise, f = noise - x0.
-
-    sigmas: (T + 1,), from 1 down to 0.
-    """
-    sigmas = sigmas.double()
-    now, one = sigmas[:-1], torch.ones(len(sigmas) - 1, dtype=torch.float64)
-    t = (1000 * now).float()
-    return Schedule(t=t, a=one, b=sigmas.diff(), c=one, p=one, q=-now, s=0 * one)
-
-
-# ---- 3. Models ---------------------------------------------------------------------------------------------
+# ---- 4. The model ------------------------------------------------------------------------------------------
 
 
 def straight_through_clamp(x):
     """Clamp to [0, 1] with the gradient of the identity: an over-bright pixel can still be told to darken."""
     return x + (x.clamp(0, 1) - x).detach()
-
-
-def read_image(path: str, height=None, width=None):
-    """An image file as (3, H, W) float32 in [0, 1], resized if a size is given."""
-    picture = Image.open(path).convert("RGB")
-    if height:
-        picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
 @torch.no_grad()
@@ -536,359 +616,10 @@ class TextToVideoUNet:
         return straight_through_clamp(pictures / 2 + 0.5).unflatten(0, (-1, len(picks)))
 
 
-class AnimateDiff(TextToVideoUNet):
-    """AnimateDiff (Guo et al. 2023): Stable Diffusion 1.5 with a motion adapter, in one folder or two."""
-
-    preset, lora_prefix = "animatediff", "unet"
-    denoiser_class, motion = diffusers.UNetMotionModel, "guoyww/animatediff-motion-adapter-v1-5-2"
-    checkpointed = ("ResnetBlock2D", "Transformer2DModel", "AnimateDiffTransformer3D")
-
-    @classmethod
-    def skeleton(cls, source):
-        if read_config(source, "unet/config.json")["_class_name"] == "UNetMotionModel":
-            return super().skeleton(source)
-        with torch.device("meta"):
-            unet = diffusers.UNet2DConditionModel.from_config(read_config(source, "unet/config.json"))
-            adapter = diffusers.MotionAdapter.from_config(read_config(cls.motion, "config.json"))
-            return diffusers.UNetMotionModel.from_unet2d(unet, adapter, load_weights=False)
-
-    def schedule(self, cfg):
-        # the adapter was trained on linear betas, whatever the image model's scheduler says
-        config = read_config(self.source, "scheduler/scheduler_config.json")
-        config |= {"beta_schedule": "linear", "clip_sample": False}
-        return ddim_schedule(config, cfg.num_inference_steps, cfg.eta, cfg.timestep_spacing)
-
-    def load_denoiser(self):
-        if read_config(self.source, "unet/config.json")["_class_name"] == "UNetMotionModel":
-            return super().load_denoiser()
-        unet = diffusers.UNet2DConditionModel.from_pretrained(self.source, subfolder="unet", dtype=self.dtype)
-        adapter = diffusers.MotionAdapter.from_pretrained(self.motion)
-        return diffusers.UNetMotionModel.from_unet2d(unet, adapter).to(self.dtype)
-
-    def denoise(self, x, t, cond):
-        text = cond["encoder_hidden_states"].repeat_interleave(x.shape[2], dim=0)  # every frame has its own
-        return super().denoise(x, t, {"encoder_hidden_states": text})
+FAMILIES = {"TextToVideoSDPipeline": TextToVideoUNet}  # those of section 11 join them
 
 
-class StableVideoDiffusion(TextToVideoUNet):
-    """SVD (Blattmann et al. 2023), image to video: v prediction over noise levels, guidance by frame."""
-
-    preset = "svd"
-    denoiser_class = diffusers.UNetSpatioTemporalConditionModel
-    vae_class = diffusers.AutoencoderKLTemporalDecoder
-    checkpointed = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel")
-    checkpointed += ("BasicTransformerBlock", "TemporalBasicTransformerBlock")  # within: 2.7 GB less
-    vae_checkpointed = ("SpatioTemporalResBlock",)
-    stochastic, images = False, "must"
-    grad_steps = "strongest"  # the last of 25 steps has a leverage of 0.002, the strongest 0.29
-    # the model's own defaults: frames per second less one, how much moves, noise on the image
-    time_ids = (6.0, 127.0, 0.02)
-
-    def schedule(self, cfg):
-        config = read_config(self.source, "scheduler/scheduler_config.json")
-        return edm_schedule(config, cfg.num_inference_steps)
-
-    @torch.no_grad()
-    def encode(self, prompts, cfg):
-        encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(
-            self.source, subfolder="image_encoder", dtype=self.dtype
-        ).to(self.device)
-        # in half precision this encoder overflows on some images
-        precise = torch.float32 if self.dtype == torch.float16 else self.dtype
-        vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=precise).to(self.device)
-        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
-        conds, time_ids = {}, torch.tensor(self.time_ids, device=self.device, dtype=self.dtype)
-        for prompt in filter(None, prompts):
-            small = self.shrink(read_image(prompt.image) * 2 - 1) / 2 + 0.5
-            pixels = ((small - mean) / std)[None].to(self.device, self.dtype)
-            noise = torch.randn(1, 3, cfg.height, cfg.width, generator=generator_for("image noise"))
-            start = read_image(prompt.image, cfg.height, cfg.width)[None] * 2 - 1 + self.time_ids[2] * noise
-            latents = vae.encode(start.to(self.device, precise)).latent_dist.mode()[0]
-            conds[cond_key(prompt)] = {
-                "embedding": encoder(pixels).image_embeds,  # (1, D)
-                "image_latents": latents.to(self.dtype),  # (C, H / 8, W / 8), unscaled
-                "time_ids": time_ids,
-            }
-        # unconditional: an empty image
-        first = next(iter(conds.values()))
-        nothing = {name: torch.zeros_like(value) for name, value in first.items()}
-        return conds | {cond_key(""): nothing | {"time_ids": time_ids}}
-
-    @staticmethod
-    def shrink(picture):
-        """(3, H, W) -> (3, 224, 224): a Gaussian blur against aliasing, then bicubic with corners aligned."""
-        height, width = picture.shape[1:]
-        sigma = [max((side / 224 - 1) / 2, 0.001) for side in (width, height)]
-        kernel = [int(max(4 * s, 3)) for s in sigma]
-        blurred = gaussian_blur(picture, [size + 1 - size % 2 for size in kernel], sigma)
-        resize = functools.partial(torch.nn.functional.interpolate, mode="bicubic", align_corners=True)
-        return resize(blurred[None], (224, 224))[0]
-
-    def guidance(self, scale, frames):
-        return torch.linspace(1, scale, frames, device=self.device)[:, None, None]
-
-    def denoise(self, x, t, cond):
-        image = cond["image_latents"][:, :, None].expand(-1, -1, x.shape[2], -1, -1)
-        x = torch.cat([x.to(self.dtype), image], dim=1).transpose(1, 2)  # (B, F, 2 C, H, W)
-        given = dict(encoder_hidden_states=cond["embedding"], added_time_ids=cond["time_ids"])
-        return self.denoiser(x, t.to(self.device), **given, return_dict=False)[0].transpose(1, 2).float()
-
-    def decode(self, latents, picks):
-        """As above. This VAE mixes neighbouring frames: those decoded together see each other, no others."""
-        picked = latents[:, :, picks].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
-        together = len(picks) if picks == list(range(picks[0], picks[0] + len(picks))) else 1
-        pictures = self.vae.decode(picked.to(self.dtype), num_frames=together).sample.float()
-        return straight_through_clamp(pictures / 2 + 0.5).unflatten(0, (-1, len(picks)))
-
-
-def checkpoint_cached_blocks(vae):
-    """As `checkpoint_blocks`, for Wan's VAE, whose blocks read and write a list of earlier frames' features.
-
-    The block's part of the list becomes arguments and results, so that computing it again does no harm.
-    """
-
-    def recomputed(forward, slots, x, feat_cache, feat_idx):
-        if not torch.is_grad_enabled():
-            return forward(x, feat_cache=feat_cache, feat_idx=feat_idx)
-
-        def pure(x, *before):
-            after = list(before)
-            return forward(x, feat_cache=after, feat_idx=[0]), *after
-
-        first = feat_idx[0]
-        before = feat_cache[first : first + slots]
-        y, *after = checkpoint(pure, x, *before, use_reentrant=False, preserve_rng_state=False)
-        feat_cache[first : first + slots] = after
-        feat_idx[0] += slots
-        return y
-
-    for module in vae.modules():
-        kind = type(module).__name__
-        if kind in ("WanResidualBlock", "WanResample"):
-            slots = 2 if kind == "WanResidualBlock" else int(module.mode == "upsample3d")
-            module.forward = functools.partial(recomputed, module.forward, slots)
-
-
-class Wan(TextToVideoUNet):
-    """Wan 2.1 text to video (2025): a flow transformer, a causal VAE of 4 frames a latent, a UMT5 encoder."""
-
-    preset, lora_prefix = "wan", "transformer"
-    denoiser_class, folder = diffusers.WanTransformer3DModel, "transformer"
-    vae_class = diffusers.AutoencoderKLWan
-    checkpointed = ("WanTransformerBlock",)
-    vae_checkpointed = ()  # its blocks keep a cache: see `recompute`
-    multiple, frame_multiple, scale, time = 16, 4, 8, 4
-    stochastic = False
-    grad_steps = "strongest"  # the last step has a leverage of 0.009, the strongest of 30 has 0.095
-
-    def schedule(self, cfg):
-        config = read_config(self.source, "scheduler/scheduler_config.json")
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
-            shift=config.get("flow_shift") or config.get("shift", 1.0)
-        )
-        scheduler.set_timesteps(cfg.num_inference_steps)
-        return flow_schedule(scheduler.sigmas)
-
-    def encode(self, prompts, cfg):
-        texts = {cond_key(p): " ".join(html.unescape(html.unescape(p)).split()) for p in prompts}
-        found = encode_text(self, transformers.UMT5EncoderModel, texts.values(), 512, masked=True)
-        states = {text: states * mask[:, None] for (text, _), (states, mask) in found.items()}
-        return {key: {"encoder_hidden_states": states[text]} for key, text in texts.items()}
-
-    def load(self):
-        super().load()
-        self.convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in self.vae.decoder.modules())
-
-    def recompute(self):
-        super().recompute()
-        checkpoint_cached_blocks(self.vae)
-
-    def decode(self, latents, picks):
-        """As above: the VAE's own decoding without its clamp, one latent frame after the other.
-
-        Frames are exact; their gradient reaches the picked latent frames, not those before them.
-        """
-        config, graph = self.vae.config, torch.is_grad_enabled()
-        statistics = torch.tensor([config.latents_mean, config.latents_std], device=self.device)
-        mean, std = statistics[..., None, None, None]
-        hidden = self.vae.post_quant_conv((latents * std + mean).to(self.dtype))
-        cache, parts = [None] * self.convolutions, []
-        for i in range(picks[-1] + 1):
-            with torch.set_grad_enabled(graph and i in picks):
-                piece = hidden[:, :, i : i + 1]
-                frames = self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
-            parts += [frames] if i in picks else []
-        return straight_through_clamp(torch.cat(parts, dim=2).transpose(1, 2).float() / 2 + 0.5)
-
-
-class CogVideoX(TextToVideoUNet):
-    """CogVideoX 2B (Yang et al. 2024): a v-prediction transformer, a causal VAE of 4 frames a latent, T5."""
-
-    preset, lora_prefix = "cogvideox", "transformer"
-    denoiser_class, folder = diffusers.CogVideoXTransformer3DModel, "transformer"
-    vae_class = diffusers.AutoencoderKLCogVideoX
-    checkpointed = ("CogVideoXBlock",)
-    vae_checkpointed = ("CogVideoXResnetBlock3D", "CogVideoXUpsample3D", "CogVideoXSpatialNorm3D")
-    multiple, frame_multiple, scale, time = 16, 8, 8, 4
-    stochastic = False
-
-    @classmethod
-    def skeleton(cls, source):
-        config = read_config(source, "transformer/config.json")
-        plain = not config["use_rotary_positional_embeddings"]
-        need(plain, f"{source} has rotary positions (5B, 1.5), for which there is no code: CogVideoX-2b")
-        return super().skeleton(source)
-
-    def schedule(self, cfg):
-        # this sampler has no clipping, whatever the file says
-        config = read_config(self.source, "scheduler/scheduler_config.json") | {"clip_sample": False}
-        given = cfg.num_inference_steps, 0.0, cfg.timestep_spacing
-        return ddim_schedule(config, *given, diffusers.CogVideoXDDIMScheduler)
-
-    def encode(self, prompts, cfg):
-        length = read_config(self.source, "transformer/config.json")["max_text_seq_length"]
-        found = encode_text(self, transformers.T5EncoderModel, prompts, length)
-        return {key: {"encoder_hidden_states": states} for key, (states, _) in found.items()}
-
-    def denoise(self, x, t, cond):
-        return super().denoise(x.transpose(1, 2), t, cond).transpose(1, 2)
-
-    def decode(self, latents, picks):
-        """As above; large frames in overlapping tiles, as after `pipe.vae.enable_tiling()`.
-
-        Frames are exact; their gradient reaches the chunks of picked latent frames, not those before them.
-        """
-        vae, hidden = self.vae, (latents / self.vae.config.scaling_factor).to(self.dtype)
-        height, width = vae.tile_latent_min_height, vae.tile_latent_min_width
-        if hidden.shape[3] <= height and hidden.shape[4] <= width:
-            video = self.decode_tile(hidden, picks)
-        else:
-            # neighbours share this much of a tile, and are blended there
-            y_share, x_share = vae.tile_overlap_factor_height, vae.tile_overlap_factor_width
-            tops = range(0, hidden.shape[3], int(height * (1 - y_share)))
-            lefts = range(0, hidden.shape[4], int(width * (1 - x_share)))
-            tiles = [[hidden[..., y : y + height, x : x + width] for x in lefts] for y in tops]
-            # checkpointed as a whole: only one tile's graph is alive
-            run = functools.partial(checkpoint, self.decode_tile, picks=picks, use_reentrant=False)
-            rows = [[run(tile) for tile in row] for row in tiles]
-            high, wide = vae.tile_sample_min_height, vae.tile_sample_min_width
-            y_blend, x_blend = int(high * y_share), int(wide * x_share)
-            for i, row in enumerate(rows):
-                for j in range(len(row)):
-                    row[j] = vae.blend_v(rows[i - 1][j], row[j], y_blend) if i else row[j]
-                    row[j] = vae.blend_h(row[j - 1], row[j], x_blend) if j else row[j]
-            kept = [[tile[..., : high - y_blend, : wide - x_blend] for tile in row] for row in rows]
-            video = torch.cat([torch.cat(row, dim=4) for row in kept], dim=3)
-        return straight_through_clamp(video.transpose(1, 2).float() / 2 + 0.5)
-
-    def decode_tile(self, hidden, picks):
-        """The VAE's own decoding: latent frames 0 to 2, then two by two, handing on a cache."""
-        chunks = [range(3), *(range(first, first + 2) for first in range(3, hidden.shape[2], 2))]
-        picked = [n for n, chunk in enumerate(chunks) if set(chunk) & set(picks)]
-        parts, cache, graph = [], None, torch.is_grad_enabled()
-        for n, chunk in enumerate(chunks[: picked[-1] + 1]):
-            with torch.set_grad_enabled(graph and n in picked):
-                piece = hidden[:, :, chunk.start : chunk.stop]
-                video, cache = self.vae.decoder(piece, conv_cache=cache)
-            split = video.split([self.time if i else 1 for i in chunk], dim=2)
-            parts += [part for i, part in zip(chunk, split, strict=True) if i in picks]
-        return torch.cat(parts, dim=2)
-
-
-class LTX(TextToVideoUNet):
-    """LTX-Video (HaCohen et al. 2024), text or image to video: flow on tokens, 8 frames in a latent."""
-
-    preset, lora_prefix = "ltx", "transformer"
-    denoiser_class, folder = diffusers.LTXVideoTransformer3DModel, "transformer"
-    vae_class = diffusers.AutoencoderKLLTXVideo
-    checkpointed = ("LTXVideoTransformerBlock",)
-    vae_checkpointed = ("LTXVideoResnetBlock3d",)
-    multiple, frame_multiple, scale, time = 32, 8, 32, 8
-    stochastic, images = False, "may"
-    frame_rate = 25  # frames per second, told to the denoiser
-    decode_timestep, decode_noise_scale = 0.05, 0.025  # for a VAE that takes a timestep (0.9.1 and later)
-
-    def schedule(self, cfg):
-        config = read_config(self.source, "scheduler/scheduler_config.json")
-        draws = config.get("stochastic_sampling")
-        need(not draws, "this scheduler draws noise: set stochastic_sampling to false")
-        need(cfg.num_inference_steps > 1, "--num_inference_steps must be 2 or more for this model")
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
-        known = scheduler.config
-        # the more tokens, the more noise
-        _, *size = self.latent_shape(cfg)
-        slope = (known.max_shift - known.base_shift) / (known.max_image_seq_len - known.base_image_seq_len)
-        shift = known.base_shift + slope * (math.prod(size) - known.base_image_seq_len)
-        steps = cfg.num_inference_steps
-        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).double().tolist(), mu=shift)
-        return flow_schedule(scheduler.sigmas)
-
-    @torch.no_grad()
-    def encode(self, prompts, cfg):
-        conds = {}
-        for key, (states, mask) in encode_text(self, transformers.T5EncoderModel, prompts, 128).items():
-            conds[key] = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
-        starts = [prompt for prompt in prompts if getattr(prompt, "image", None)]
-        if starts:
-            vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
-            vae.to(self.device)
-            mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
-        for prompt in starts:
-            picture = read_image(prompt.image, cfg.height, cfg.width)[None, :, None] * 2 - 1
-            latent = vae.encode(picture.to(self.device, self.dtype)).latent_dist.mode()[0].float()
-            conds[cond_key(prompt)]["image"] = (latent - mean) / std  # (C, 1, H / 32, W / 32)
-        return conds
-
-    def load(self):
-        super().load()
-        for block in self.vae.decoder.modules():  # 0.9.1's draws noise: recomputing would not repeat
-            if hasattr(block, "per_channel_scale1"):
-                block.per_channel_scale1 = block.per_channel_scale2 = None
-
-    def denoise(self, x, t, cond):
-        frames, height, width = x.shape[2:]
-        size = dict(num_frames=frames, height=height, width=width)
-        size["rope_interpolation_scale"] = (self.time / self.frame_rate, 32, 32)
-        text = {name: value for name, value in cond.items() if name != "image"}
-        seen, times = x, t.to(self.device).expand(len(x))
-        if "image" in cond:  # the image's tokens come first and are at time 0
-            seen = torch.cat([cond["image"], x[:, :, 1:]], dim=2)
-            noisy = torch.arange(frames * height * width, device=self.device) >= height * width
-            times = times[:, None] * noisy
-        tokens = seen.flatten(2).transpose(1, 2).to(self.dtype)
-        f = self.denoiser(tokens, timestep=times, **text, **size, return_dict=False)[0]
-        f = f.transpose(1, 2).unflatten(2, x.shape[2:]).float()
-        if "image" in cond:  # what leads the first latent frame straight to the image
-            f = torch.cat([(x[:, :, :1] - cond["image"]) * 1000 / t.to(self.device), f[:, :, 1:]], dim=2)
-        return f
-
-    def decode(self, latents, picks):
-        """As above. This VAE looks both ways in time and is cheap: it decodes all for any picks."""
-        vae, timestep = self.vae, None
-        mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
-        hidden = latents * std / vae.config.scaling_factor + mean
-        if vae.config.timestep_conditioning:
-            noise = torch.randn(hidden.shape, generator=generator_for("decode noise")).to(self.device)
-            hidden = torch.lerp(hidden, noise, self.decode_noise_scale)
-            timestep = torch.full((len(hidden),), self.decode_timestep).to(self.device, self.dtype)
-        video = vae.decode(hidden.to(self.dtype), timestep, return_dict=False)[0].transpose(1, 2).float()
-        split = video.split([1] + [self.time] * (latents.shape[2] - 1), dim=1)
-        return straight_through_clamp(torch.cat([split[n] for n in picks], dim=1) / 2 + 0.5)
-
-
-FAMILIES = {
-    "TextToVideoSDPipeline": TextToVideoUNet,
-    "AnimateDiffPipeline": AnimateDiff,
-    "StableDiffusionPipeline": AnimateDiff,
-    "StableVideoDiffusionPipeline": StableVideoDiffusion,
-    "WanPipeline": Wan,
-    "CogVideoXPipeline": CogVideoX,
-    "LTXPipeline": LTX,
-    "LTXImageToVideoPipeline": LTX,
-}
-
-
-# ---- 4. LoRA -----------------------------------------------------------------------------------------------
+# ---- 5. LoRA -----------------------------------------------------------------------------------------------
 
 
 def add_lora(model, cfg: Config):
@@ -934,7 +665,7 @@ def merged(model):
             layer.base_layer.weight.data.copy_(weight)
 
 
-# ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
+# ---- 6. Rollout, score, walk back --------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -1064,112 +795,6 @@ def walk_back(model, schedule: Schedule, latents, g, cond, uncond, trained, cfg:
             del f  # before the next branch builds its graph
         g = a * g if x.grad is None else a * g + cfg.coupling * x.grad
     return change
-
-
-# ---- 6. Prompts and randomness -----------------------------------------------------------------------------
-
-
-def generator_for(*key) -> torch.Generator:
-    """A CPU generator seeded by a hash of the key: any draw can be made again without saved state."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-
-class Prompt(str):
-    """A prompt with the file of the image that its video starts from; to a reward it is its text."""
-
-    image: str | None = None
-
-
-def cond_key(prompt: str) -> tuple:
-    """What tells one prompt's conditioning from another's: text and image."""
-    return str(prompt), getattr(prompt, "image", None)
-
-
-# SWAP: your prompts.
-def read_prompts(path: str, images=False) -> list[str]:
-    """The prompts of a text file, one a line, or of a .jsonl file of {"prompt": ..., "image": ...} lines.
-
-    Image paths are relative to the file. images: the model needs one each. Raises BadInput when the file is
-    missing, empty, not text or not json, or an image is missing or can't be read.
-    """
-    need(Path(path).is_file(), f"no prompt file {path}: give --prompts a text file, one prompt a line")
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        text = "\0"
-    need("\0" not in text, f"{path} is not a text file: give one prompt a line, in UTF-8")
-    lines = [(n, line.strip()) for n, line in enumerate(text.splitlines(), 1)]
-    lines = [(n, line) for n, line in lines if line and not line.startswith("#")]
-    need(lines, f"{path} holds no prompts: write one a line")
-    if Path(path).suffix == ".jsonl":
-        return [image_prompt(path, n, line) for n, line in lines]
-    wanted = '{"prompt": "...", "image": "file.png"}'
-    need(not images, f"this model starts from an image: give --prompts a .jsonl file, one {wanted} a line")
-    return [line for _, line in lines]
-
-
-def image_prompt(path: str, number: int, line: str) -> Prompt:
-    """One line of a .jsonl prompt file. Raises BadInput."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        row = None
-    good = isinstance(row, dict) and isinstance(row.get("prompt"), str) and isinstance(row.get("image"), str)
-    need(good, f'{path}, line {number}: write {{"prompt": "...", "image": "file.png"}}')
-    prompt = Prompt(row["prompt"])
-    prompt.image = str(Path(path).parent / row["image"])
-    need(Path(prompt.image).is_file(), f"{path}, line {number}: no image {prompt.image}")
-    try:
-        read_image(prompt.image)
-    except (UnidentifiedImageError, OSError):
-        raise BadInput(f"{path}, line {number}: {prompt.image} can't be read as an image") from None
-    return prompt
-
-
-def split_prompts(cfg: Config, images=False) -> tuple[list[str], list[str]]:
-    """Prompts to train on, and held-out ones: --eval_prompts, else every tenth of --prompts."""
-    prompts = read_prompts(cfg.prompts, images)
-    if cfg.eval_prompts:
-        return prompts, read_prompts(cfg.eval_prompts, images)
-    need(len(prompts) > 1, f"{cfg.prompts} has one prompt and one is held back: add more, or --eval_prompts")
-    every = min(10, len(prompts))
-    return [p for i, p in enumerate(prompts, 1) if i % every], prompts[every - 1 :: every]
-
-
-def batch_prompts(prompts: list[str], cfg: Config, batch: int) -> list[str]:
-    """The prompts of the run's batch number `batch`: the file again and again, each time in a new order."""
-    chosen = []
-    for place in range(batch * cfg.batch_size, (batch + 1) * cfg.batch_size):
-        shuffle = generator_for(cfg.seed, "order", place // len(prompts))
-        order = torch.randperm(len(prompts), generator=shuffle)
-        chosen.append(prompts[order[place % len(prompts)]])
-    return chosen
-
-
-def pick_frames(cfg: Config, terms: dict, generator, time=1) -> list[int]:
-    """Latent frames to decode and score: random ones, or those of an evenly spaced clip if one is wanted.
-
-    time: frames in a latent frame; the first latent frame holds one.
-    """
-    wants = [getattr(reward, "frames", 1) for _, reward in terms.values()]
-    wanted = max(cfg.num_frames if n == "all" else n for n in wants)
-    n = min(cfg.decode_frames or wanted, cfg.num_frames)
-    if wanted > 1:
-        frames = torch.linspace(0, cfg.num_frames - 1, n).round().long()
-        return sorted({(frame + time - 1) // time for frame in frames.tolist()})
-    return sorted(torch.randperm((cfg.num_frames - 1) // time + 1, generator=generator)[:n].tolist())
-
-
-def collate(conds: dict, prompts: list[str]) -> tuple[dict, dict]:
-    """Conditioning of a batch of prompts with and without their text: every entry gets a batch dimension.
-
-    What the empty prompt's has not, an image that both guidance branches are given, comes from the prompt's.
-    """
-    rows = [conds[cond_key(prompt)] for prompt in prompts]
-    cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    empty = {name: value.expand(len(rows), *value.shape) for name, value in conds[cond_key("")].items()}
-    return cond, cond | empty
 
 
 # ---- 7. Files and resume -----------------------------------------------------------------------------------
@@ -1616,7 +1241,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
     return read_metrics(out)
 
 
-# ---- 10. Sampling and scoring ------------------------------------------------------------------------------
+# ---- 10. Sampling, scoring, command line -------------------------------------------------------------------
 
 
 def sample(cfg: Config):
@@ -1652,7 +1277,409 @@ def compare(cfg: Config):
     print(f"done: open {out / 'index.html'}")
 
 
-# ---- 11. Memory plan ---------------------------------------------------------------------------------------
+def main(argv=None) -> int:
+    """Run the command line. The exit code is 0; after one line, 2 for bad input, 1 for lost gradients."""
+    for library in (transformers, diffusers):  # their loading bars and reports of unused weights
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    try:
+        cfg = parse_args(argv)
+        if cfg.plan:
+            return plan(cfg)
+        {"sample": sample, "eval": compare}.get(cfg.mode, train)(cfg)
+    except (BadInput, BadReward) as error:
+        print(f"vader.py: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"vader.py: stopped: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+# ---- 11. More models ---------------------------------------------------------------------------------------
+
+# The trainer ends above. This section and the next are appendices, which a fork can cut.
+
+
+def edm_schedule(config: dict, num_inference_steps: int) -> Schedule:
+    """Euler steps over noise levels sigma, v prediction (Karras et al. 2022, alg. 1 and eq. 7)."""
+    scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
+    kind = scheduler.config.prediction_type
+    need(kind == "v_prediction", f"this model predicts {kind}; Euler over noise levels here: v_prediction")
+    scheduler.set_timesteps(num_inference_steps)
+    sigmas = scheduler.sigmas.double()
+    now, then = sigmas[:-1], sigmas[1:]
+    p, q = 1 / (now**2 + 1), -now / (now**2 + 1).sqrt()
+    # x' = x + (then - now) * (x - x0) / now
+    ratio = then / now
+    a, b, c = ratio + (1 - ratio) * p, (1 - ratio) * q, 1 / (now**2 + 1).sqrt()
+    start = float(scheduler.init_noise_sigma)
+    return Schedule(t=scheduler.timesteps, a=a, b=b, c=c, p=p, q=q, s=torch.zeros_like(a), start=start)
+
+
+def flow_schedule(sigmas) -> Schedule:
+    """Euler steps of rectified flow (Liu et al. 2022): x = (1 - sigma) x0 + sigma noise, f = noise - x0.
+
+    sigmas: (T + 1,), from 1 down to 0.
+    """
+    sigmas = sigmas.double()
+    now, one = sigmas[:-1], torch.ones(len(sigmas) - 1, dtype=torch.float64)
+    t = (1000 * now).float()
+    return Schedule(t=t, a=one, b=sigmas.diff(), c=one, p=one, q=-now, s=0 * one)
+
+
+class AnimateDiff(TextToVideoUNet):
+    """AnimateDiff (Guo et al. 2023): Stable Diffusion 1.5 with a motion adapter, in one folder or two."""
+
+    preset, lora_prefix = "animatediff", "unet"
+    denoiser_class, motion = diffusers.UNetMotionModel, "guoyww/animatediff-motion-adapter-v1-5-2"
+    checkpointed = ("ResnetBlock2D", "Transformer2DModel", "AnimateDiffTransformer3D")
+
+    @classmethod
+    def skeleton(cls, source):
+        if read_config(source, "unet/config.json")["_class_name"] == "UNetMotionModel":
+            return super().skeleton(source)
+        with torch.device("meta"):
+            unet = diffusers.UNet2DConditionModel.from_config(read_config(source, "unet/config.json"))
+            adapter = diffusers.MotionAdapter.from_config(read_config(cls.motion, "config.json"))
+            return diffusers.UNetMotionModel.from_unet2d(unet, adapter, load_weights=False)
+
+    def schedule(self, cfg):
+        # the adapter was trained on linear betas, whatever the image model's scheduler says
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        config |= {"beta_schedule": "linear", "clip_sample": False}
+        return ddim_schedule(config, cfg.num_inference_steps, cfg.eta, cfg.timestep_spacing)
+
+    def load_denoiser(self):
+        if read_config(self.source, "unet/config.json")["_class_name"] == "UNetMotionModel":
+            return super().load_denoiser()
+        unet = diffusers.UNet2DConditionModel.from_pretrained(self.source, subfolder="unet", dtype=self.dtype)
+        adapter = diffusers.MotionAdapter.from_pretrained(self.motion)
+        return diffusers.UNetMotionModel.from_unet2d(unet, adapter).to(self.dtype)
+
+    def denoise(self, x, t, cond):
+        text = cond["encoder_hidden_states"].repeat_interleave(x.shape[2], dim=0)  # every frame has its own
+        return super().denoise(x, t, {"encoder_hidden_states": text})
+
+
+class StableVideoDiffusion(TextToVideoUNet):
+    """SVD (Blattmann et al. 2023), image to video: v prediction over noise levels, guidance by frame."""
+
+    preset = "svd"
+    denoiser_class = diffusers.UNetSpatioTemporalConditionModel
+    vae_class = diffusers.AutoencoderKLTemporalDecoder
+    checkpointed = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel")
+    checkpointed += ("BasicTransformerBlock", "TemporalBasicTransformerBlock")  # within: 2.7 GB less
+    vae_checkpointed = ("SpatioTemporalResBlock",)
+    stochastic, images = False, "must"
+    grad_steps = "strongest"  # the last of 25 steps has a leverage of 0.002, the strongest 0.29
+    # the model's own defaults: frames per second less one, how much moves, noise on the image
+    time_ids = (6.0, 127.0, 0.02)
+
+    def schedule(self, cfg):
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        return edm_schedule(config, cfg.num_inference_steps)
+
+    @torch.no_grad()
+    def encode(self, prompts, cfg):
+        encoder = transformers.CLIPVisionModelWithProjection.from_pretrained(
+            self.source, subfolder="image_encoder", dtype=self.dtype
+        ).to(self.device)
+        # in half precision this encoder overflows on some images
+        precise = torch.float32 if self.dtype == torch.float16 else self.dtype
+        vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=precise).to(self.device)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+        conds, time_ids = {}, torch.tensor(self.time_ids, device=self.device, dtype=self.dtype)
+        for prompt in filter(None, prompts):
+            small = self.shrink(read_image(prompt.image) * 2 - 1) / 2 + 0.5
+            pixels = ((small - mean) / std)[None].to(self.device, self.dtype)
+            noise = torch.randn(1, 3, cfg.height, cfg.width, generator=generator_for("image noise"))
+            start = read_image(prompt.image, cfg.height, cfg.width)[None] * 2 - 1 + self.time_ids[2] * noise
+            latents = vae.encode(start.to(self.device, precise)).latent_dist.mode()[0]
+            conds[cond_key(prompt)] = {
+                "embedding": encoder(pixels).image_embeds,  # (1, D)
+                "image_latents": latents.to(self.dtype),  # (C, H / 8, W / 8), unscaled
+                "time_ids": time_ids,
+            }
+        # unconditional: an empty image
+        first = next(iter(conds.values()))
+        nothing = {name: torch.zeros_like(value) for name, value in first.items()}
+        return conds | {cond_key(""): nothing | {"time_ids": time_ids}}
+
+    @staticmethod
+    def shrink(picture):
+        """(3, H, W) -> (3, 224, 224): a Gaussian blur against aliasing, then bicubic with corners aligned."""
+        height, width = picture.shape[1:]
+        sigma = [max((side / 224 - 1) / 2, 0.001) for side in (width, height)]
+        kernel = [int(max(4 * s, 3)) for s in sigma]
+        blurred = gaussian_blur(picture, [size + 1 - size % 2 for size in kernel], sigma)
+        resize = functools.partial(torch.nn.functional.interpolate, mode="bicubic", align_corners=True)
+        return resize(blurred[None], (224, 224))[0]
+
+    def guidance(self, scale, frames):
+        return torch.linspace(1, scale, frames, device=self.device)[:, None, None]
+
+    def denoise(self, x, t, cond):
+        image = cond["image_latents"][:, :, None].expand(-1, -1, x.shape[2], -1, -1)
+        x = torch.cat([x.to(self.dtype), image], dim=1).transpose(1, 2)  # (B, F, 2 C, H, W)
+        given = dict(encoder_hidden_states=cond["embedding"], added_time_ids=cond["time_ids"])
+        return self.denoiser(x, t.to(self.device), **given, return_dict=False)[0].transpose(1, 2).float()
+
+    def decode(self, latents, picks):
+        """As above. This VAE mixes neighbouring frames: those decoded together see each other, no others."""
+        picked = latents[:, :, picks].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
+        together = len(picks) if picks == list(range(picks[0], picks[0] + len(picks))) else 1
+        pictures = self.vae.decode(picked.to(self.dtype), num_frames=together).sample.float()
+        return straight_through_clamp(pictures / 2 + 0.5).unflatten(0, (-1, len(picks)))
+
+
+def checkpoint_cached_blocks(vae):
+    """As `checkpoint_blocks`, for Wan's VAE, whose blocks read and write a list of earlier frames' features.
+
+    The block's part of the list becomes arguments and results, so that computing it again does no harm.
+    """
+
+    def recomputed(forward, slots, x, feat_cache, feat_idx):
+        if not torch.is_grad_enabled():
+            return forward(x, feat_cache=feat_cache, feat_idx=feat_idx)
+
+        def pure(x, *before):
+            after = list(before)
+            return forward(x, feat_cache=after, feat_idx=[0]), *after
+
+        first = feat_idx[0]
+        before = feat_cache[first : first + slots]
+        y, *after = checkpoint(pure, x, *before, use_reentrant=False, preserve_rng_state=False)
+        feat_cache[first : first + slots] = after
+        feat_idx[0] += slots
+        return y
+
+    for module in vae.modules():
+        kind = type(module).__name__
+        if kind in ("WanResidualBlock", "WanResample"):
+            slots = 2 if kind == "WanResidualBlock" else int(module.mode == "upsample3d")
+            module.forward = functools.partial(recomputed, module.forward, slots)
+
+
+class Wan(TextToVideoUNet):
+    """Wan 2.1 text to video (2025): a flow transformer, a causal VAE of 4 frames a latent, a UMT5 encoder."""
+
+    preset, lora_prefix = "wan", "transformer"
+    denoiser_class, folder = diffusers.WanTransformer3DModel, "transformer"
+    vae_class = diffusers.AutoencoderKLWan
+    checkpointed = ("WanTransformerBlock",)
+    vae_checkpointed = ()  # its blocks keep a cache: see `recompute`
+    multiple, frame_multiple, scale, time = 16, 4, 8, 4
+    stochastic = False
+    grad_steps = "strongest"  # the last step has a leverage of 0.009, the strongest of 30 has 0.095
+
+    def schedule(self, cfg):
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(
+            shift=config.get("flow_shift") or config.get("shift", 1.0)
+        )
+        scheduler.set_timesteps(cfg.num_inference_steps)
+        return flow_schedule(scheduler.sigmas)
+
+    def encode(self, prompts, cfg):
+        texts = {cond_key(p): " ".join(html.unescape(html.unescape(p)).split()) for p in prompts}
+        found = encode_text(self, transformers.UMT5EncoderModel, texts.values(), 512, masked=True)
+        states = {text: states * mask[:, None] for (text, _), (states, mask) in found.items()}
+        return {key: {"encoder_hidden_states": states[text]} for key, text in texts.items()}
+
+    def load(self):
+        super().load()
+        self.convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in self.vae.decoder.modules())
+
+    def recompute(self):
+        super().recompute()
+        checkpoint_cached_blocks(self.vae)
+
+    def decode(self, latents, picks):
+        """As above: the VAE's own decoding without its clamp, one latent frame after the other.
+
+        Frames are exact; their gradient reaches the picked latent frames, not those before them.
+        """
+        config, graph = self.vae.config, torch.is_grad_enabled()
+        statistics = torch.tensor([config.latents_mean, config.latents_std], device=self.device)
+        mean, std = statistics[..., None, None, None]
+        hidden = self.vae.post_quant_conv((latents * std + mean).to(self.dtype))
+        cache, parts = [None] * self.convolutions, []
+        for i in range(picks[-1] + 1):
+            with torch.set_grad_enabled(graph and i in picks):
+                piece = hidden[:, :, i : i + 1]
+                frames = self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
+            parts += [frames] if i in picks else []
+        return straight_through_clamp(torch.cat(parts, dim=2).transpose(1, 2).float() / 2 + 0.5)
+
+
+class CogVideoX(TextToVideoUNet):
+    """CogVideoX 2B (Yang et al. 2024): a v-prediction transformer, a causal VAE of 4 frames a latent, T5."""
+
+    preset, lora_prefix = "cogvideox", "transformer"
+    denoiser_class, folder = diffusers.CogVideoXTransformer3DModel, "transformer"
+    vae_class = diffusers.AutoencoderKLCogVideoX
+    checkpointed = ("CogVideoXBlock",)
+    vae_checkpointed = ("CogVideoXResnetBlock3D", "CogVideoXUpsample3D", "CogVideoXSpatialNorm3D")
+    multiple, frame_multiple, scale, time = 16, 8, 8, 4
+    stochastic = False
+
+    @classmethod
+    def skeleton(cls, source):
+        config = read_config(source, "transformer/config.json")
+        plain = not config["use_rotary_positional_embeddings"]
+        need(plain, f"{source} has rotary positions (5B, 1.5), for which there is no code: CogVideoX-2b")
+        return super().skeleton(source)
+
+    def schedule(self, cfg):
+        # this sampler has no clipping, whatever the file says
+        config = read_config(self.source, "scheduler/scheduler_config.json") | {"clip_sample": False}
+        given = cfg.num_inference_steps, 0.0, cfg.timestep_spacing
+        return ddim_schedule(config, *given, diffusers.CogVideoXDDIMScheduler)
+
+    def encode(self, prompts, cfg):
+        length = read_config(self.source, "transformer/config.json")["max_text_seq_length"]
+        found = encode_text(self, transformers.T5EncoderModel, prompts, length)
+        return {key: {"encoder_hidden_states": states} for key, (states, _) in found.items()}
+
+    def denoise(self, x, t, cond):
+        return super().denoise(x.transpose(1, 2), t, cond).transpose(1, 2)
+
+    def decode(self, latents, picks):
+        """As above; large frames in overlapping tiles, as after `pipe.vae.enable_tiling()`.
+
+        Frames are exact; their gradient reaches the chunks of picked latent frames, not those before them.
+        """
+        vae, hidden = self.vae, (latents / self.vae.config.scaling_factor).to(self.dtype)
+        height, width = vae.tile_latent_min_height, vae.tile_latent_min_width
+        if hidden.shape[3] <= height and hidden.shape[4] <= width:
+            video = self.decode_tile(hidden, picks)
+        else:
+            # neighbours share this much of a tile, and are blended there
+            y_share, x_share = vae.tile_overlap_factor_height, vae.tile_overlap_factor_width
+            tops = range(0, hidden.shape[3], int(height * (1 - y_share)))
+            lefts = range(0, hidden.shape[4], int(width * (1 - x_share)))
+            tiles = [[hidden[..., y : y + height, x : x + width] for x in lefts] for y in tops]
+            # checkpointed as a whole: only one tile's graph is alive
+            run = functools.partial(checkpoint, self.decode_tile, picks=picks, use_reentrant=False)
+            rows = [[run(tile) for tile in row] for row in tiles]
+            high, wide = vae.tile_sample_min_height, vae.tile_sample_min_width
+            y_blend, x_blend = int(high * y_share), int(wide * x_share)
+            for i, row in enumerate(rows):
+                for j in range(len(row)):
+                    row[j] = vae.blend_v(rows[i - 1][j], row[j], y_blend) if i else row[j]
+                    row[j] = vae.blend_h(row[j - 1], row[j], x_blend) if j else row[j]
+            kept = [[tile[..., : high - y_blend, : wide - x_blend] for tile in row] for row in rows]
+            video = torch.cat([torch.cat(row, dim=4) for row in kept], dim=3)
+        return straight_through_clamp(video.transpose(1, 2).float() / 2 + 0.5)
+
+    def decode_tile(self, hidden, picks):
+        """The VAE's own decoding: latent frames 0 to 2, then two by two, handing on a cache."""
+        chunks = [range(3), *(range(first, first + 2) for first in range(3, hidden.shape[2], 2))]
+        picked = [n for n, chunk in enumerate(chunks) if set(chunk) & set(picks)]
+        parts, cache, graph = [], None, torch.is_grad_enabled()
+        for n, chunk in enumerate(chunks[: picked[-1] + 1]):
+            with torch.set_grad_enabled(graph and n in picked):
+                piece = hidden[:, :, chunk.start : chunk.stop]
+                video, cache = self.vae.decoder(piece, conv_cache=cache)
+            split = video.split([self.time if i else 1 for i in chunk], dim=2)
+            parts += [part for i, part in zip(chunk, split, strict=True) if i in picks]
+        return torch.cat(parts, dim=2)
+
+
+class LTX(TextToVideoUNet):
+    """LTX-Video (HaCohen et al. 2024), text or image to video: flow on tokens, 8 frames in a latent."""
+
+    preset, lora_prefix = "ltx", "transformer"
+    denoiser_class, folder = diffusers.LTXVideoTransformer3DModel, "transformer"
+    vae_class = diffusers.AutoencoderKLLTXVideo
+    checkpointed = ("LTXVideoTransformerBlock",)
+    vae_checkpointed = ("LTXVideoResnetBlock3d",)
+    multiple, frame_multiple, scale, time = 32, 8, 32, 8
+    stochastic, images = False, "may"
+    frame_rate = 25  # frames per second, told to the denoiser
+    decode_timestep, decode_noise_scale = 0.05, 0.025  # for a VAE that takes a timestep (0.9.1 and later)
+
+    def schedule(self, cfg):
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        draws = config.get("stochastic_sampling")
+        need(not draws, "this scheduler draws noise: set stochastic_sampling to false")
+        need(cfg.num_inference_steps > 1, "--num_inference_steps must be 2 or more for this model")
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+        known = scheduler.config
+        # the more tokens, the more noise
+        _, *size = self.latent_shape(cfg)
+        slope = (known.max_shift - known.base_shift) / (known.max_image_seq_len - known.base_image_seq_len)
+        shift = known.base_shift + slope * (math.prod(size) - known.base_image_seq_len)
+        steps = cfg.num_inference_steps
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).double().tolist(), mu=shift)
+        return flow_schedule(scheduler.sigmas)
+
+    @torch.no_grad()
+    def encode(self, prompts, cfg):
+        conds = {}
+        for key, (states, mask) in encode_text(self, transformers.T5EncoderModel, prompts, 128).items():
+            conds[key] = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
+        starts = [prompt for prompt in prompts if getattr(prompt, "image", None)]
+        if starts:
+            vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
+            vae.to(self.device)
+            mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
+        for prompt in starts:
+            picture = read_image(prompt.image, cfg.height, cfg.width)[None, :, None] * 2 - 1
+            latent = vae.encode(picture.to(self.device, self.dtype)).latent_dist.mode()[0].float()
+            conds[cond_key(prompt)]["image"] = (latent - mean) / std  # (C, 1, H / 32, W / 32)
+        return conds
+
+    def load(self):
+        super().load()
+        for block in self.vae.decoder.modules():  # 0.9.1's draws noise: recomputing would not repeat
+            if hasattr(block, "per_channel_scale1"):
+                block.per_channel_scale1 = block.per_channel_scale2 = None
+
+    def denoise(self, x, t, cond):
+        frames, height, width = x.shape[2:]
+        size = dict(num_frames=frames, height=height, width=width)
+        size["rope_interpolation_scale"] = (self.time / self.frame_rate, 32, 32)
+        text = {name: value for name, value in cond.items() if name != "image"}
+        seen, times = x, t.to(self.device).expand(len(x))
+        if "image" in cond:  # the image's tokens come first and are at time 0
+            seen = torch.cat([cond["image"], x[:, :, 1:]], dim=2)
+            noisy = torch.arange(frames * height * width, device=self.device) >= height * width
+            times = times[:, None] * noisy
+        tokens = seen.flatten(2).transpose(1, 2).to(self.dtype)
+        f = self.denoiser(tokens, timestep=times, **text, **size, return_dict=False)[0]
+        f = f.transpose(1, 2).unflatten(2, x.shape[2:]).float()
+        if "image" in cond:  # what leads the first latent frame straight to the image
+            f = torch.cat([(x[:, :, :1] - cond["image"]) * 1000 / t.to(self.device), f[:, :, 1:]], dim=2)
+        return f
+
+    def decode(self, latents, picks):
+        """As above. This VAE looks both ways in time and is cheap: it decodes all for any picks."""
+        vae, timestep = self.vae, None
+        mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
+        hidden = latents * std / vae.config.scaling_factor + mean
+        if vae.config.timestep_conditioning:
+            noise = torch.randn(hidden.shape, generator=generator_for("decode noise")).to(self.device)
+            hidden = torch.lerp(hidden, noise, self.decode_noise_scale)
+            timestep = torch.full((len(hidden),), self.decode_timestep).to(self.device, self.dtype)
+        video = vae.decode(hidden.to(self.dtype), timestep, return_dict=False)[0].transpose(1, 2).float()
+        split = video.split([1] + [self.time] * (latents.shape[2] - 1), dim=1)
+        return straight_through_clamp(torch.cat([split[n] for n in picks], dim=1) / 2 + 0.5)
+
+
+FAMILIES |= {
+    "AnimateDiffPipeline": AnimateDiff,
+    "StableDiffusionPipeline": AnimateDiff,
+    "StableVideoDiffusionPipeline": StableVideoDiffusion,
+    "WanPipeline": Wan,
+    "CogVideoXPipeline": CogVideoX,
+    "LTXPipeline": LTX,
+    "LTXImageToVideoPipeline": LTX,
+}
+
+
+# ---- 12. Memory plan ---------------------------------------------------------------------------------------
 
 
 class LiveStorages(TorchDispatchMode):
@@ -1825,25 +1852,6 @@ def plan(cfg: Config) -> int:
         lower = [] if cfg.offload else ["add --offload"]
         lower += ["lower --batch_size, --num_frames, --height and --width, --lora_rank"]
         print(f"more than {cfg.vram:g}: {', then '.join(lower)}")
-        return 1
-    return 0
-
-
-def main(argv=None) -> int:
-    """Run the command line. The exit code is 0; after one line, 2 for bad input, 1 for lost gradients."""
-    for library in (transformers, diffusers):  # their loading bars and reports of unused weights
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    try:
-        cfg = parse_args(argv)
-        if cfg.plan:
-            return plan(cfg)
-        {"sample": sample, "eval": compare}.get(cfg.mode, train)(cfg)
-    except (BadInput, BadReward) as error:
-        print(f"vader.py: error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"vader.py: stopped: {error}", file=sys.stderr)
         return 1
     return 0
 

@@ -1,17 +1,19 @@
 """Does what was learned carry over to prompts that were never trained on, and where is it too much?
 
-    python bench/generalise.py                    # three rewards, 25 minutes of one core
-    python bench/generalise.py --rewards hps      # only this one
+    python bench/generalise.py                    # three rewards x two seeds, TIME minutes of one core
+    python bench/generalise.py --rewards hps      # only this one (--seeds likewise)
 
 Trains the tiny model on each reward on prompts.txt without the words of HELD_OUT, and makes videos of three
-sets of prompts: those trained on; combinations of the same words that were not; prompts with a held-out word.
+sets of prompts, same noise: those trained on; combinations of the same words that were not, each word as
+often; those trained on with the colour or the object, in turn, replaced by a held-out word.
 bench/generalise.csv: mean reward of base and tuned, and the gain with its paired standard error.
 bench/scales.csv: the unseen combinations with the LoRA at a scale from 0 to 1: the reward trained on, the
 others, how much moves (`dynamic`), and how different the samples of one prompt are (`diversity`).
 """
 
 import argparse
-import csv
+import itertools
+import re
 import sys
 from pathlib import Path
 
@@ -27,39 +29,56 @@ from rewards import IMAGENET_MEAN, IMAGENET_STD, make_terms, preprocess  # noqa:
 RUNS = HERE.parent / "runs" / "generalise"
 HELD_OUT = ("purple", "kite")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
-SETTINGS = dict(model="tiny") | efficiency.METHODS["best"].settings
+COMMON = dict(model="tiny", num_inference_steps=efficiency.STEPS)
+# what hps and action ask for is decided in the early steps, so they train too
+EARLY = dict(backprop_steps=3, grad_steps="spread", coupling=0.0, batch_size=4, lr=2e-3, steps=80)
+SETTINGS = {
+    "aesthetic": dict(backprop_steps=1, batch_size=2, lr=1e-3, steps=60),
+    "hps": EARLY,
+    "action": EARLY,
+}
 JUDGES = "aesthetic + hps + action + dynamic"
+BASE = {}  # scores of the base model's videos, {prompt set: {judge: (videos,)}}
+
+
+def trained_prompts() -> list[str]:
+    known = vader.read_prompts(str(HERE.parent / "prompts.txt"))
+    return [prompt for prompt in known if not any(word in prompt for word in HELD_OUT)]
 
 
 def prompt_sets(videos: int) -> dict[str, list[str]]:
     """{"trained on", "unseen combinations", "unseen words"}: that many prompts each."""
-    known, unseen = (vader.read_prompts(str(HERE.parent / f)) for f in ("prompts.txt", "tiny/unseen.txt"))
-    strange = [p for p in known + unseen if any(word in p for word in HELD_OUT)]
-    known, unseen = ([p for p in ps if p not in strange] for ps in (known, unseen))
-    sets = {"trained on": known, "unseen combinations": unseen, "unseen words": strange}
-    return {name: [found[n % len(found)] for n in range(videos)] for name, found in sets.items()}
+    known, draw = trained_prompts(), np.random.default_rng(0)
+    trained = [known[n % len(known)] for n in range(videos)]
+    form = re.compile(r"a (\w+) (\w+) (rising|falling|drifting \w+) (.+)")
+    parts = [form.fullmatch(prompt).groups() for prompt in trained]
+    combined = []
+    while len(combined) < videos:
+        prompt = "a " + " ".join(draw.choice(column) for column in zip(*parts, strict=True))
+        if prompt not in known + combined:
+            combined.append(prompt)
+    strange = [
+        f"a {colour} {HELD_OUT[1]} {how} {where}" if n % 2 else f"a {HELD_OUT[0]} {thing} {how} {where}"
+        for n, (colour, thing, how, where) in enumerate(parts)
+    ]
+    return {"trained on": trained, "unseen combinations": combined, "unseen words": strange}
 
 
-def train(reward: str, steps: int) -> Path:
+def train(reward: str, seed: int) -> Path:
     """Train on the prompts without the held-out words, unless that is done; the LoRA's folder."""
-    out = RUNS / reward.replace(":", "-")
-    file = RUNS / "prompts.txt"
-    known = vader.read_prompts(str(HERE.parent / "prompts.txt"))
-    vader.write_text(file, "\n".join(p for p in known if not any(word in p for word in HELD_OUT)))
-    common = dict(reward=reward, prompts=str(file), eval_prompts=str(file), steps=steps)
+    out, file = RUNS / f"{reward}-{seed}", RUNS / "prompts.txt"
+    vader.write_text(file, "\n".join(trained_prompts()))
+    settings = COMMON | SETTINGS[reward] | dict(reward=reward, seed=seed, out=str(out))
     rows = vader.read_metrics(out)
-    if not rows or rows[-1]["step"] < steps:
-        resume = (out / "config.json").exists()
-        vader.train(
-            vader.Config(**common, **SETTINGS, out=str(out), resume=resume, eval_every=steps, eval_videos=4)
-        )
+    if not rows or rows[-1]["step"] < settings["steps"]:
+        settings |= dict(resume=(out / "config.json").exists(), eval_every=settings["steps"], eval_videos=4)
+        vader.train(vader.Config(**settings, prompts=str(file), eval_prompts=str(file)))
     return out / "lora"
 
 
 def load(lora: Path, prompts: list[str]):
     """A vader.Run with a trained LoRA and all judges."""
-    judged = SETTINGS | dict(batch_size=4, num_inference_steps=efficiency.STEPS)
-    cfg = vader.Config(lora=str(lora), reward=JUDGES, mode="eval", **judged)
+    cfg = vader.Config(lora=str(lora), reward=JUDGES, mode="eval", batch_size=4, **COMMON)
     cfg, source, family = vader.resolve(cfg)
     return vader.load_run(cfg, source, family, prompts)
 
@@ -96,42 +115,49 @@ def judge(run, prompts: list[str]) -> dict[str, np.ndarray]:
     return {name: found[name].numpy() for name in run.terms}
 
 
-def study(reward: str, steps: int, videos: int, samples: int) -> tuple[list[dict], list[dict]]:
-    """Rows of generalise.csv and of scales.csv for one reward."""
-    sets, rows, scales = prompt_sets(videos), [], []
-    run = load(train(reward, steps), sum(sets.values(), []))
+def study(reward: str, seed: int, videos: int) -> list[dict]:
+    """Rows of generalise.csv for one run."""
+    sets, rows = prompt_sets(videos), []
+    run = load(train(reward, seed), sum(sets.values(), []))
     for name, prompts in sets.items():
-        with scaled(run, 0.0):
-            base = judge(run, prompts)[reward]
-        tuned = judge(run, prompts)[reward]
+        if name not in BASE:
+            with scaled(run, 0.0):
+                BASE[name] = judge(run, prompts)
+        base, tuned = BASE[name][reward], judge(run, prompts)[reward]
         gain = tuned - base
         error = gain.std(ddof=1) / len(gain) ** 0.5
         numbers = dict(base=base.mean(), tuned=tuned.mean(), gain=gain.mean(), error=error)
-        rows.append({"reward": reward, "prompts": name} | {k: f"{v:.3f}" for k, v in numbers.items()})
+        row = {"reward": reward, "prompts": name, "seed": seed}
+        rows.append(row | {key: f"{value:.3f}" for key, value in numbers.items()})
         print(rows[-1], flush=True)
-    prompts = sets["unseen combinations"]
+    return rows
+
+
+def strengths(reward: str, videos: int, samples: int) -> list[dict]:
+    """Rows of scales.csv for one reward, of its run with seed 0."""
+    prompts, rows = prompt_sets(videos)["unseen combinations"], []
+    run = load(train(reward, 0), prompts)
     for scale in SCALES:
         with scaled(run, scale):
             means = {name: f"{values.mean():.3f}" for name, values in judge(run, prompts).items()}
             means["diversity"] = f"{diversity(run, prompts[0], samples):.3f}"
-        scales.append({"trained on": reward, "scale": scale} | means)
-        print(scales[-1], flush=True)
-    return rows, scales
+        rows.append({"trained on": reward, "scale": scale} | means)
+        print(rows[-1], flush=True)
+    return rows
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rewards", nargs="+", default=["aesthetic", "hps", "action"])
+    parser.add_argument("--rewards", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     args = parser.parse_args()
     rows, scales = [], []
+    for seed, reward in itertools.product(args.seeds, args.rewards):
+        rows += study(reward, seed, videos=102)
+        efficiency.merge(HERE / "generalise.csv", rows, ("reward", "prompts", "seed"))
     for reward in args.rewards:
-        found = study(reward, steps=60, videos=32, samples=64)
-        rows, scales = rows + found[0], scales + found[1]
-    for file, found in (("generalise.csv", rows), ("scales.csv", scales)):
-        with open(HERE / file, "w", newline="") as target:
-            table = csv.DictWriter(target, found[0])
-            table.writeheader()
-            table.writerows(found)
+        scales += strengths(reward, videos=32, samples=64)
+        efficiency.merge(HERE / "scales.csv", scales, ("trained on", "scale"))
 
 
 if __name__ == "__main__":
