@@ -78,7 +78,6 @@ from huggingface_hub import hf_hub_download
 from peft.tuners.lora import LoraLayer
 from PIL import Image, UnidentifiedImageError
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -540,7 +539,7 @@ class TextToVideoUNet:
     # blocks whose activations are recomputed, in the denoiser and in the VAE
     checkpointed = ("ResnetBlock2D", "Transformer2DModel", "TransformerTemporalModel", "TemporalConvLayer")
     vae_checkpointed = ("ResnetBlock2D",)
-    lora_prefix = None  # of the keys that the stock pipeline's load_lora_weights wants, where it has that
+    pipeline = None  # the stock class, where it has load_lora_weights
     multiple, frame_multiple = 8, 1  # of height and width; of the number of frames less one
     scale, time = 8, 1  # pixels in a latent pixel, frames in a latent frame (but the first, which holds one)
     stochastic = True  # the sampler takes --eta
@@ -819,15 +818,12 @@ def save_lora(model, folder: Path):
     """
     with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
         model.denoiser.save_pretrained(staging, save_embedding_layers=False)
-        if model.lora_prefix:
-            weights = load_file(Path(staging) / "adapter_model.safetensors")
-            prefix, config = model.lora_prefix, model.denoiser.peft_config["default"].to_dict()
-            names = ("r", "lora_alpha", "target_modules")
-            told = {f"{prefix}.{name}": config[name] for name in names}
-            told[f"{prefix}.target_modules"] = sorted(told[f"{prefix}.target_modules"])
-            renamed = {name.replace("base_model.model", prefix, 1): w for name, w in weights.items()}
-            file = Path(staging) / "pytorch_lora_weights.safetensors"
-            save_file(renamed, file, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(told)})
+        if model.pipeline:
+            weights = peft.get_peft_model_state_dict(model.denoiser, save_embedding_layers=False)
+            weights = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
+            config = model.denoiser.peft_config["default"].to_dict()
+            given = {f"{model.folder}_lora_layers": weights, f"{model.folder}_lora_adapter_metadata": config}
+            model.pipeline.save_lora_weights(staging, **given)
         folder.mkdir(exist_ok=True)
         for file in Path(staging).iterdir():
             os.replace(file, folder / file.name)
@@ -1331,7 +1327,7 @@ def flow_schedule(sigmas) -> Schedule:
 class AnimateDiff(TextToVideoUNet):
     """AnimateDiff (Guo et al. 2023): Stable Diffusion 1.5 with a motion adapter, in one folder or two."""
 
-    preset, lora_prefix = "animatediff", "unet"
+    preset, pipeline = "animatediff", diffusers.AnimateDiffPipeline
     denoiser_class, motion = diffusers.UNetMotionModel, "guoyww/animatediff-motion-adapter-v1-5-2"
     checkpointed = ("ResnetBlock2D", "Transformer2DModel", "AnimateDiffTransformer3D")
 
@@ -1464,7 +1460,7 @@ def checkpoint_cached_blocks(vae):
 class Wan(TextToVideoUNet):
     """Wan 2.1 text to video (2025): a flow transformer, a causal VAE of 4 frames a latent, a UMT5 encoder."""
 
-    preset, lora_prefix = "wan", "transformer"
+    preset, pipeline = "wan", diffusers.WanPipeline
     denoiser_class, folder = diffusers.WanTransformer3DModel, "transformer"
     vae_class = diffusers.AutoencoderKLWan
     checkpointed = ("WanTransformerBlock",)
@@ -1516,7 +1512,7 @@ class Wan(TextToVideoUNet):
 class CogVideoX(TextToVideoUNet):
     """CogVideoX 2B (Yang et al. 2024): a v-prediction transformer, a causal VAE of 4 frames a latent, T5."""
 
-    preset, lora_prefix = "cogvideox", "transformer"
+    preset, pipeline = "cogvideox", diffusers.CogVideoXPipeline
     denoiser_class, folder = diffusers.CogVideoXTransformer3DModel, "transformer"
     vae_class = diffusers.AutoencoderKLCogVideoX
     checkpointed = ("CogVideoXBlock",)
@@ -1590,7 +1586,7 @@ class CogVideoX(TextToVideoUNet):
 class LTX(TextToVideoUNet):
     """LTX-Video (HaCohen et al. 2024), text or image to video: flow on tokens, 8 frames in a latent."""
 
-    preset, lora_prefix = "ltx", "transformer"
+    preset, pipeline = "ltx", diffusers.LTXPipeline
     denoiser_class, folder = diffusers.LTXVideoTransformer3DModel, "transformer"
     vae_class = diffusers.AutoencoderKLLTXVideo
     checkpointed = ("LTXVideoTransformerBlock",)
