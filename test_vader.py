@@ -214,9 +214,15 @@ def test_the_tables_of_the_readme_are_the_measured_ones():
         assert [row["K"], row["gradient difference"], *memory, ratio] in cells
     for row in table("reached"):
         assert [row[name] for name in row if name != "seeds"] in cells and row["seeds"] == "3"
-    for row in table("estimators"):
-        gain = f"{float(row['gain']):+.3f} ({row['error']})"
-        assert [row["reward"], row["way"], gain, row["updates"], row["motion"], row["diversity"]] in cells
+    ways = {}
+    for row in sorted(table("estimators"), key=lambda row: (row["reward"], row["seed"])):
+        ways.setdefault(row["way"], []).append(row)
+    for way, rows in ways.items():
+        ranges = []
+        for name in ("updates", "motion", "diversity"):
+            values = sorted((row[name] for row in rows), key=float)
+            ranges.append(f"{values[0]} to {values[-1]}")
+        assert [way, *(f"{float(row['gain']):+.3f} ({row['error']})" for row in rows), *ranges] in cells
     gains = {}
     for row in table("generalise"):
         gains.setdefault((row["reward"], row["seed"]), []).append(
@@ -1522,6 +1528,17 @@ def test_reward_networks_are_frozen_and_checkpointing_changes_nothing(spec, netw
     assert torch.allclose(plain, again, atol=1e-7)
 
 
+@pytest.mark.parametrize("spec", ["aesthetic", "clip", "hps", "pickscore", "remove:star", "action", "vjepa"])
+def test_rewards_in_bfloat16_are_nearly_those_in_float32(spec):
+    video = drawn(2)[0]
+    exact, half = (make_one(spec, dtype) for dtype in (torch.float32, torch.bfloat16))
+    frames = video.clone().requires_grad_()
+    value = half(frames, MOVING[:2])
+    value.sum().backward()
+    assert value.dtype == frames.grad.dtype == torch.float32 and torch.isfinite(frames.grad).all()
+    assert value.tolist() == pytest.approx(exact(video, MOVING[:2]).tolist(), rel=0.03, abs=0.03)
+
+
 @pytest.mark.parametrize("spec", ["clip", "hps", "pickscore"])
 def test_each_video_is_scored_with_its_own_prompt(spec):
     reward, (video, _, _) = make_one(spec), drawn(2)
@@ -1589,13 +1606,13 @@ def published_folder(kind, folder):
 
 @pytest.mark.parametrize("kind", ["aesthetic", "clip", "hps", "remove:book", "action:archery", "vjepa"])
 def test_full_size_checkpoints_load_and_have_a_gradient(kind, tmp_path, networks):
-    """ViT-L/14, ViT-H-14, yolos-base, videomae-base and vjepa2-vitl, random, in bfloat16."""
+    """ViT-L/14, ViT-H-14, yolos-base, videomae-base and vjepa2-vitl, random."""
     known, keys = published_folder(kind, tmp_path / kind.split(":")[0])
     assert known in keys
-    reward = make_one(kind, torch.bfloat16, str(tmp_path))
+    reward = make_one(kind, weights=str(tmp_path))
     weights = networks[0][0].state_dict()
     assert all(value.std() < 0.03 for key, value in weights.items() if "mlp" in key or "dense" in key)
-    n = {"vjepa": 4, "action:archery": 16}.get(kind, 1)
+    n = {"vjepa": 2, "action:archery": 16}.get(kind, 1)
     frames = torch.rand(1, n, 3, 96, 128, requires_grad=True)
     value = reward(frames, ["a book"])
     value.sum().backward()
