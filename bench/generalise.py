@@ -1,6 +1,6 @@
 """Does what was learned carry over to prompts that were never trained on, and where is it too much?
 
-    python bench/generalise.py                    # three rewards x two seeds, TIME minutes of one core
+    python bench/generalise.py                    # three rewards x two seeds, about 2 hours of a core
     python bench/generalise.py --rewards hps      # only this one (--seeds likewise)
 
 Trains the tiny model on each reward on prompts.txt without the words of HELD_OUT, and makes videos of three
