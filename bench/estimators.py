@@ -1,7 +1,7 @@
 """What to differentiate: the same seconds of updates for each way of getting a gradient out of a sampler.
 
-    python bench/estimators.py                                    # 2 rewards x 7 ways x 2 seeds, about 2 hours
-    python bench/estimators.py --rewards aesthetic --seeds 0      # only this; finished runs are kept
+    python bench/estimators.py                               # 2 rewards x 7 ways x 2 seeds, about 2 hours
+    python bench/estimators.py --rewards aesthetic --seeds 0 # only this; finished runs are kept
 
 Writes bench/estimators.csv: updates made in the time, the gain in held-out reward with its paired standard
 error, and what became of motion (`dynamic`) and of the diversity of one prompt's samples (`diversity` of
