@@ -179,7 +179,7 @@ def clip_reward(frames, prompts):
 clip_reward.frames = 5
 
 
-# ---- 1. Config and settings --------------------------------------------------------------------------------
+# ---- 1. Config and command line ----------------------------------------------------------------------------
 
 
 def test_requirements_agree_with_the_script_header():

@@ -30,9 +30,9 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
     v               d loss / d frames                   w         classifier-free guidance scale
     K, T            trained steps, sampling steps
 
-Contents (search for "# ----"): 1 config and settings, 2 prompts and randomness, 3 schedule, 4 the model, 5
-LoRA, 6 rollout, score, walk back, 7 files and resume, 8 loading, evaluation, page, 9 training, 10 sampling,
-scoring, command line. That is the trainer, for the paper's model. Two appendices: 11 more models, 12 memory
+Contents (search for "# ----"): 1 config and command line, 2 prompts and randomness, 3 schedule, 4 the
+model, 5 LoRA, 6 rollout, score, walk back, 7 files and resume, 8 loading, evaluation, page, 9 training, 10
+sampling, scoring, main. That is the trainer, for the paper's model. Two appendices: 11 more models, 12 memory
 plan (--plan). Rewards and `checkpoint_blocks`, which they use too, are in rewards.py. What people change is
 marked "SWAP:". The loss is minus the reward, for every reward; the paper's per-reward loss forms are left
 out.
@@ -99,7 +99,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONFIGS = HERE / "configs"  # of the models and rewards, without weights: for --plan
 
 
-# ---- 1. Config and settings --------------------------------------------------------------------------------
+# ---- 1. Config and command line ----------------------------------------------------------------------------
 
 Count = Annotated[int, (1, math.inf)]
 Positive = Annotated[float, (1e-12, math.inf)]
@@ -1237,7 +1237,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
     return read_metrics(out)
 
 
-# ---- 10. Sampling, scoring, command line -------------------------------------------------------------------
+# ---- 10. Sampling, scoring, main ---------------------------------------------------------------------------
 
 
 def sample(cfg: Config):

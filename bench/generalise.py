@@ -42,6 +42,7 @@ BASE = {}  # scores of the base model's videos, {prompt set: {judge: (videos,)}}
 
 
 def trained_prompts() -> list[str]:
+    """The prompts of prompts.txt without a held-out word."""
     known = vader.read_prompts(str(HERE.parent / "prompts.txt"))
     return [prompt for prompt in known if not any(word in prompt for word in HELD_OUT)]
 
