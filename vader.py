@@ -993,11 +993,16 @@ def evaluate(run: Run, prompts: list[str], folder: Path) -> dict:
     return result
 
 
+def paired_gain(base: list[float], tuned: list[float]) -> tuple[float, float]:
+    """Mean of the differences between videos of the same prompt and noise, and its standard error."""
+    gains = np.subtract(tuned, base)
+    error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+    return float(gains.mean()), float(error)
+
+
 def summary(base: list[float], tuned: list[float]) -> str:
-    """Mean reward before and after, and the paired difference with its standard error."""
-    gain = np.subtract(tuned, base)
-    error = gain.std(ddof=1) / math.sqrt(len(gain)) if len(gain) > 1 else math.nan
-    change = f"{gain.mean():+.3f}, standard error {error:.3f}, {len(gain)} videos, paired seeds"
+    gain, error = paired_gain(base, tuned)
+    change = f"{gain:+.3f}, standard error {error:.3f}, {len(base)} videos, paired seeds"
     return f"{np.mean(base):.3f} -> {np.mean(tuned):.3f} ({change})"
 
 

@@ -162,12 +162,10 @@ def train(name: str, method: Method, reward: str, seed: int, marks=MARKS, second
 def table_rows(name: tuple, rows: list[dict]) -> list[dict]:
     """Rows of efficiency.csv of one run; name: (method, reward, seed)."""
     head = dict(zip(("method", "reward", "seed"), name, strict=True))
-    base = np.array(rows[0]["values"])
     found = []
     for row in rows:
-        gain = np.array(row["values"]) - base
-        error = gain.std(ddof=1) / len(gain) ** 0.5
-        figures = {"mean": f"{row['mean']:.4f}", "gain": f"{gain.mean():.4f}", "error": f"{error:.4f}"}
+        gain, error = vader.paired_gain(rows[0]["values"], row["values"])
+        figures = {"mean": f"{row['mean']:.4f}", "gain": f"{gain:.4f}", "error": f"{error:.4f}"}
         found.append(head | {"queries": row["queries"], "seconds": row["seconds"]} | figures)
     return found
 

@@ -15,7 +15,6 @@ from pathlib import Path
 
 import efficiency
 import generalise
-import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -103,10 +102,9 @@ def measure(way: str, reward: str, seed: int, seconds=SECONDS, samples=64) -> di
     base_motion, base_spread = looks(settings, None, samples)
     state = torch.load(efficiency.RUNS / name / "state.pt", weights_only=True)
     motion, spread = looks(settings, state["lora"], samples)
-    gain = np.subtract(rows[-1]["values"], rows[0]["values"])
-    error = gain.std(ddof=1) / len(gain) ** 0.5
+    gain, error = vader.paired_gain(rows[0]["values"], rows[-1]["values"])
     row = {"way": way, "reward": reward, "seed": seed, "updates": rows[-1]["step"]}
-    row |= {"gain": f"{gain.mean():.3f}", "error": f"{error:.3f}", "motion": f"{motion / base_motion:.2f}"}
+    row |= {"gain": f"{gain:.3f}", "error": f"{error:.3f}", "motion": f"{motion / base_motion:.2f}"}
     return row | {"diversity": f"{spread / base_spread:.2f}"}
 
 

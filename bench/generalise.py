@@ -125,9 +125,8 @@ def study(reward: str, seed: int, videos: int) -> list[dict]:
             with scaled(run, 0.0):
                 BASE[name] = judge(run, prompts)
         base, tuned = BASE[name][reward], judge(run, prompts)[reward]
-        gain = tuned - base
-        error = gain.std(ddof=1) / len(gain) ** 0.5
-        numbers = dict(base=base.mean(), tuned=tuned.mean(), gain=gain.mean(), error=error)
+        gain, error = vader.paired_gain(base, tuned)
+        numbers = dict(base=base.mean(), tuned=tuned.mean(), gain=gain, error=error)
         row = {"reward": reward, "prompts": name, "seed": seed}
         rows.append(row | {key: f"{value:.3f}" for key, value in numbers.items()})
         print(rows[-1], flush=True)
