@@ -224,12 +224,12 @@ def test_the_tables_of_the_readme_are_the_measured_ones():
             values = sorted((row[name] for row in rows), key=float)
             ranges.append(f"{values[0]} to {values[-1]}")
         assert [way, *(f"{float(row['gain']):+.3f} ({row['error']})" for row in rows), *ranges] in cells
-    gains = {}
-    for row in table("generalise"):
-        gains.setdefault((row["reward"], row["seed"]), []).append(
-            f"{float(row['gain']):+.3f} ({row['error']})"
-        )
-    assert all([*run, *found] in cells for run, found in gains.items()) and gains
+    for name, keys in (("generalise", ("reward", "seed")), ("prompts", ("reward", "trained on", "seed"))):
+        gains = {}
+        for row in table(name):
+            gain = f"{float(row['gain']):+.3f} ({row['error']})"
+            gains.setdefault(tuple(row[key] for key in keys), []).append(gain)
+        assert all([*run, *found] in cells for run, found in gains.items()) and gains
     assert all(list(row.values()) in cells for row in table("scales") if row["trained on"] == "aesthetic")
     peaks = {(row["model"], row["reward"], row["offload"]): row["peak"] for row in table("memory")}
     models = {model for model, *_ in peaks}
@@ -1951,11 +1951,15 @@ def test_redrawing_without_noise_is_the_last_step(settings, monkeypatch):
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-7)
 
 
-def test_generalise_separates_prompts_and_scales_the_lora(bench, monkeypatch):
+@pytest.fixture
+def small_study(bench, monkeypatch):
     settings = dict(batch_size=2, lr=1e-2, grad_accum=1, steps=1)
     monkeypatch.setattr(generalise, "COMMON", bench)
     monkeypatch.setattr(generalise, "SETTINGS", {"aesthetic": settings})
     monkeypatch.setattr(generalise, "BASE", {})
+
+
+def test_generalise_separates_prompts_and_scales_the_lora(small_study):
     sets = generalise.prompt_sets(20)
     trained, *others = (set(prompts) for prompts in sets.values())
     assert not any(trained & other for other in others)
@@ -1967,6 +1971,20 @@ def test_generalise_separates_prompts_and_scales_the_lora(bench, monkeypatch):
     assert scales[0]["aesthetic"] != scales[-1]["aesthetic"]
     (whole,) = (row for row in rows if row["prompts"] == "unseen combinations")
     assert (whole["base"], whole["tuned"]) == (scales[0]["aesthetic"], scales[-1]["aesthetic"])
+
+
+def test_generalise_compares_with_a_lora_that_was_trained_on_the_words(small_study, monkeypatch):
+    known, strange = generalise.all_prompts(held_out=False), generalise.all_prompts(held_out=True)
+    assert (len(set(known)), len(set(strange))) == (5 * 5 * 16, 11 * 16)  # of 6 colours, 6 objects
+    assert set(generalise.trained_prompts()) < set(known)
+    assert all(("purple" in prompt) or ("kite" in prompt) for prompt in strange)
+    monkeypatch.setattr(generalise, "trained_prompts", lambda: known[:2])
+    monkeypatch.setattr(generalise, "all_prompts", lambda held_out: (strange if held_out else known)[:4])
+    rows = generalise.how_many_prompts("aesthetic", 0, videos=2, videos_held_out=3)
+    assert [row["trained on"] for row in rows[::2]] == ["2, few", "4, many", "4, held-out"]
+    assert len({row["base"] for row in rows}) == 2 and len({row["gain"] for row in rows}) > 3
+    for name, taught in (("few", known[:2]), ("many", known[:4]), ("held-out", strange[:4])):
+        assert vader.read_prompts(str(generalise.RUNS / f"{name}.txt")) == taught
 
 
 def test_reference_finds_the_same_gradient_in_one_graph(settings):

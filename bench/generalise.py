@@ -2,6 +2,7 @@
 
     python bench/generalise.py                    # three rewards x two seeds, about 2 hours of a core
     python bench/generalise.py --rewards hps      # only this one (--seeds likewise)
+    python bench/generalise.py --prompts --rewards action    # how many prompts it takes, 2 hours of a core
 
 Trains the tiny model on each reward on prompts.txt without the words of HELD_OUT, and makes videos of three
 sets of prompts, same noise: those trained on; combinations of the same words that were not, each word as
@@ -9,6 +10,9 @@ often; those trained on with the colour or the object, in turn, replaced by a he
 bench/generalise.csv: mean reward of base and tuned, and the gain with its paired standard error.
 bench/scales.csv: the unseen combinations with the LoRA at a scale from 0 to 1: the reward trained on, the
 others, how much moves (`dynamic`), and how different the samples of one prompt are (`diversity`).
+bench/prompts.csv (--prompts): what a LoRA gains on prompts with a held-out word when it was trained on few
+prompts without one, on every such prompt, or on those with one themselves: the control, since what can be
+gained differs from prompt to prompt.
 """
 
 import argparse
@@ -41,18 +45,30 @@ JUDGES = "aesthetic + hps + action + dynamic"
 BASE = {}  # scores of the base model's videos, {prompt set: {judge: (videos,)}}
 
 
+def words_of(prompt: str) -> tuple[str, ...]:
+    """Colour, object, motion, place."""
+    return re.fullmatch(r"a (\w+) (\w+) (rising|falling|drifting \w+) (.+)", prompt).groups()
+
+
 def trained_prompts() -> list[str]:
     """The prompts of prompts.txt without a held-out word."""
     known = vader.read_prompts(str(HERE.parent / "prompts.txt"))
     return [prompt for prompt in known if not any(word in prompt for word in HELD_OUT)]
 
 
+def all_prompts(held_out: bool) -> list[str]:
+    """Every combination of the words of prompts.txt with a held-out word, or without, in random order."""
+    columns = zip(*map(words_of, vader.read_prompts(str(HERE.parent / "prompts.txt"))), strict=True)
+    every = ["a " + " ".join(words) for words in itertools.product(*map(sorted, map(set, columns)))]
+    chosen = [prompt for prompt in every if any(word in prompt for word in HELD_OUT) == held_out]
+    return np.random.default_rng(0).permutation(chosen).tolist()
+
+
 def prompt_sets(videos: int) -> dict[str, list[str]]:
     """{"trained on", "unseen combinations", "unseen words"}: that many prompts each."""
     known, draw = trained_prompts(), np.random.default_rng(0)
     trained = [known[n % len(known)] for n in range(videos)]
-    form = re.compile(r"a (\w+) (\w+) (rising|falling|drifting \w+) (.+)")
-    parts = [form.fullmatch(prompt).groups() for prompt in trained]
+    parts = [words_of(prompt) for prompt in trained]
     combined = []
     while len(combined) < videos:
         prompt = "a " + " ".join(draw.choice(column) for column in zip(*parts, strict=True))
@@ -65,10 +81,10 @@ def prompt_sets(videos: int) -> dict[str, list[str]]:
     return {"trained on": trained, "unseen combinations": combined, "unseen words": strange}
 
 
-def train(reward: str, seed: int) -> Path:
-    """Train on the prompts without the held-out words, unless that is done; the LoRA's folder."""
-    out, file = RUNS / f"{reward}-{seed}", RUNS / "prompts.txt"
-    vader.write_text(file, "\n".join(trained_prompts()))
+def train(reward: str, seed: int, name: str, prompts: list[str]) -> Path:
+    """Train on these prompts, unless that is done; the LoRA's folder."""
+    out, file = RUNS / f"{reward}-{seed}-{name}", RUNS / f"{name}.txt"
+    vader.write_text(file, "\n".join(prompts))
     settings = COMMON | SETTINGS[reward] | dict(reward=reward, seed=seed, out=str(out))
     rows = vader.read_metrics(out)
     if not rows or rows[-1]["step"] < settings["steps"]:
@@ -77,9 +93,9 @@ def train(reward: str, seed: int) -> Path:
     return out / "lora"
 
 
-def load(lora: Path, prompts: list[str]):
-    """A vader.Run with a trained LoRA and all judges."""
-    cfg = vader.Config(lora=str(lora), reward=JUDGES, mode="eval", batch_size=4, **COMMON)
+def load(lora: Path, prompts: list[str], judges=JUDGES):
+    """A vader.Run with a trained LoRA and these judges."""
+    cfg = vader.Config(lora=str(lora), reward=judges, mode="eval", batch_size=4, **COMMON)
     cfg, source, family = vader.resolve(cfg)
     return vader.load_run(cfg, source, family, prompts)
 
@@ -119,7 +135,7 @@ def judge(run, prompts: list[str]) -> dict[str, np.ndarray]:
 def study(reward: str, seed: int, videos: int) -> list[dict]:
     """Rows of generalise.csv for one run."""
     sets, rows = prompt_sets(videos), []
-    run = load(train(reward, seed), sum(sets.values(), []))
+    run = load(train(reward, seed, "few", trained_prompts()), sum(sets.values(), []))
     for name, prompts in sets.items():
         if name not in BASE:
             with scaled(run, 0.0):
@@ -136,7 +152,7 @@ def study(reward: str, seed: int, videos: int) -> list[dict]:
 def strengths(reward: str, videos: int, samples: int) -> list[dict]:
     """Rows of scales.csv for one reward, of its run with seed 0."""
     prompts, rows = prompt_sets(videos)["unseen combinations"], []
-    run = load(train(reward, 0), prompts)
+    run = load(train(reward, 0, "few", trained_prompts()), prompts)
     for scale in SCALES:
         with scaled(run, scale):
             means = {name: f"{values.mean():.3f}" for name, values in judge(run, prompts).items()}
@@ -146,12 +162,38 @@ def strengths(reward: str, videos: int, samples: int) -> list[dict]:
     return rows
 
 
+def how_many_prompts(reward: str, seed: int, videos: int, videos_held_out: int) -> list[dict]:
+    """Rows of prompts.csv for three runs with the same settings and seed, on the same videos."""
+    known, strange = all_prompts(held_out=False), all_prompts(held_out=True)
+    taught = {"few": trained_prompts(), "many": known, "held-out": strange}
+    sets = {"without held-out words": known[:videos], "with a held-out word": strange[:videos_held_out]}
+    base, rows = {}, []
+    for name, prompts in taught.items():
+        run = load(train(reward, seed, name, prompts), sum(sets.values(), []), judges=reward)
+        for asked, shown in sets.items():
+            if asked not in base:
+                with scaled(run, 0.0):
+                    base[asked] = judge(run, shown)[reward]
+            gain, error = vader.paired_gain(base[asked], judge(run, shown)[reward])
+            row = {"reward": reward, "prompts": asked, "trained on": f"{len(prompts)}, {name}", "seed": seed}
+            numbers = dict(base=base[asked].mean(), gain=gain, error=error)
+            rows.append(row | {key: f"{value:.3f}" for key, value in numbers.items()})
+            print(rows[-1], flush=True)
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rewards", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--prompts", action="store_true", help="only bench/prompts.csv")
     args = parser.parse_args()
     rows, scales = [], []
+    if args.prompts:
+        for seed, reward in itertools.product(args.seeds, args.rewards):
+            rows += how_many_prompts(reward, seed, videos=96, videos_held_out=176)
+            efficiency.merge(HERE / "prompts.csv", rows, ("reward", "prompts", "trained on", "seed"))
+        return
     for seed, reward in itertools.product(args.seeds, args.rewards):
         rows += study(reward, seed, videos=102)
         efficiency.merge(HERE / "generalise.csv", rows, ("reward", "prompts", "seed"))
