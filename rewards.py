@@ -15,6 +15,7 @@ Your own reward: write `make_mine` by imitating `make_colorful`, and add one lin
 
 import difflib
 import functools
+import json
 import re
 from pathlib import Path
 
@@ -243,9 +244,11 @@ def make_hps(device, dtype, arg=None, weights=None):
         raise BadReward(f"no HPS version {arg!r}: there are hps:2.1 (as plain hps) and hps:2.0")
     folder, file = source(weights, "hps", None), files[arg or "2.1"]
     path = Path(folder) / file if folder else hf_hub_download("xswu/HPSv2", file)
-    own = folder and (Path(folder) / "open_clip_config.json").exists()
-    name = f"local-dir:{folder}" if own else "ViT-H-14"
-    clip = open_clip.create_model(name, load_weights=False)
+    if folder and (own := Path(folder) / "open_clip_config.json").exists():
+        name, config = f"local-dir:{folder}", json.loads(own.read_text(encoding="utf-8"))["model_cfg"]
+    else:
+        name, config = "ViT-H-14", open_clip.get_model_config("ViT-H-14")
+    clip = open_clip.CLIP(**config)
     clip.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
     clip, tokenizer = frozen(clip, device, dtype, ("ResidualAttentionBlock",)), open_clip.get_tokenizer(name)
 

@@ -1550,6 +1550,13 @@ def test_rewards_in_bfloat16_are_nearly_those_in_float32(spec):
     assert value.tolist() == pytest.approx(exact(video, MOVING[:2]).tolist(), rel=0.03, abs=0.03)
 
 
+def test_loading_does_not_say_that_weights_are_missing(caplog):
+    """open_clip warns of a random model when it isn't the one to load the weights."""
+    for spec in LEARNED:
+        make_one(spec)
+    assert not caplog.records
+
+
 @pytest.mark.parametrize("spec", ["clip", "hps", "pickscore"])
 def test_each_video_is_scored_with_its_own_prompt(spec):
     reward, (video, _, _) = make_one(spec), drawn(2)
