@@ -2,7 +2,7 @@
 
     python bench/generalise.py                    # three rewards x two seeds, about 2 hours of a core
     python bench/generalise.py --rewards hps      # only this one (--seeds likewise)
-    python bench/generalise.py --prompts --rewards action    # how many prompts it takes, 2 hours of a core
+    python bench/generalise.py --prompts          # only prompts.csv, about 6 hours of a core
 
 Trains the tiny model on each reward on prompts.txt without the words of HELD_OUT, and makes videos of three
 sets of prompts, same noise: those trained on; combinations of the same words that were not, each word as
@@ -11,8 +11,8 @@ bench/generalise.csv: mean reward of base and tuned, and the gain with its paire
 bench/scales.csv: the unseen combinations with the LoRA at a scale from 0 to 1: the reward trained on, the
 others, how much moves (`dynamic`), and how different the samples of one prompt are (`diversity`).
 bench/prompts.csv (--prompts): what a LoRA gains on prompts with a held-out word when it was trained on few
-prompts without one, on every such prompt, or on those with one themselves: the control, since what can be
-gained differs from prompt to prompt.
+prompts without one, on every such prompt, on half of those with one, or on all of these: the control, since
+what can be gained differs from prompt to prompt.
 """
 
 import argparse
@@ -163,20 +163,27 @@ def strengths(reward: str, videos: int, samples: int) -> list[dict]:
 
 
 def how_many_prompts(reward: str, seed: int, videos: int, videos_held_out: int) -> list[dict]:
-    """Rows of prompts.csv for three runs with the same settings and seed, on the same videos."""
+    """Rows of prompts.csv for four runs with the same settings and seed, on the same videos."""
     known, strange = all_prompts(held_out=False), all_prompts(held_out=True)
-    taught = {"few": trained_prompts(), "many": known, "held-out": strange}
-    sets = {"without held-out words": known[:videos], "with a held-out word": strange[:videos_held_out]}
-    base, rows = {}, []
+    half = len(strange) // 2
+    taught = {"few": trained_prompts(), "many": known, "half": strange[:half], "held-out": strange}
+    strange, known = strange[:videos_held_out], known[:videos]
+    parts = {
+        "with a held-out word": slice(len(strange)),
+        "with a held-out word, not in half": slice(half, len(strange)),
+        "without held-out words": slice(len(strange), None),
+    }
+    base, rows = None, []
     for name, prompts in taught.items():
-        run = load(train(reward, seed, name, prompts), sum(sets.values(), []), judges=reward)
-        for asked, shown in sets.items():
-            if asked not in base:
-                with scaled(run, 0.0):
-                    base[asked] = judge(run, shown)[reward]
-            gain, error = vader.paired_gain(base[asked], judge(run, shown)[reward])
+        run = load(train(reward, seed, name, prompts), strange + known, judges=reward)
+        if base is None:
+            with scaled(run, 0.0):
+                base = np.concatenate([judge(run, strange)[reward], judge(run, known)[reward]])
+        tuned = np.concatenate([judge(run, strange)[reward], judge(run, known)[reward]])
+        for asked, part in parts.items():
+            gain, error = vader.paired_gain(base[part], tuned[part])
             row = {"reward": reward, "prompts": asked, "trained on": f"{len(prompts)}, {name}", "seed": seed}
-            numbers = dict(base=base[asked].mean(), gain=gain, error=error)
+            numbers = dict(base=base[part].mean(), gain=gain, error=error)
             rows.append(row | {key: f"{value:.3f}" for key, value in numbers.items()})
             print(rows[-1], flush=True)
     return rows
