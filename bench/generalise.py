@@ -42,6 +42,11 @@ SETTINGS = {
     "action": EARLY,
 }
 JUDGES = "aesthetic + hps + action + dynamic"
+PARTS = (
+    "with a held-out word",
+    "with a held-out word, not in half",
+    "without held-out words",
+)  # of prompts.csv
 BASE = {}  # scores of the base model's videos, {prompt set: {judge: (videos,)}}
 
 
@@ -168,19 +173,19 @@ def how_many_prompts(reward: str, seed: int, videos: int, videos_held_out: int) 
     half = len(strange) // 2
     taught = {"few": trained_prompts(), "many": known, "half": strange[:half], "held-out": strange}
     strange, known = strange[:videos_held_out], known[:videos]
-    parts = {
-        "with a held-out word": slice(len(strange)),
-        "with a held-out word, not in half": slice(half, len(strange)),
-        "without held-out words": slice(len(strange), None),
-    }
+    slices = slice(len(strange)), slice(half, len(strange)), slice(len(strange), None)
+
+    def scores(run):  # set by set, as the noise starts anew with each
+        return np.concatenate([judge(run, shown)[reward] for shown in (strange, known)])
+
     base, rows = None, []
     for name, prompts in taught.items():
         run = load(train(reward, seed, name, prompts), strange + known, judges=reward)
         if base is None:
             with scaled(run, 0.0):
-                base = np.concatenate([judge(run, strange)[reward], judge(run, known)[reward]])
-        tuned = np.concatenate([judge(run, strange)[reward], judge(run, known)[reward]])
-        for asked, part in parts.items():
+                base = scores(run)
+        tuned = scores(run)
+        for asked, part in zip(PARTS, slices, strict=True):
             gain, error = vader.paired_gain(base[part], tuned[part])
             row = {"reward": reward, "prompts": asked, "trained on": f"{len(prompts)}, {name}", "seed": seed}
             numbers = dict(base=base[part].mean(), gain=gain, error=error)
