@@ -1,13 +1,14 @@
-"""Every reward, one shape: `make(device, dtype, arg, weights) -> reward`, `reward(frames, prompts) -> (B,)`.
+"""Every reward, one shape: `make(device, dtype, weights, arg) -> reward`, `reward(frames, prompts) -> (B,)`.
 
     frames:  (B, N, 3, H, W) float32 in [0, 1]       prompts: list of B strings
     returns: (B,) float32, higher is better, one number per video, differentiable with respect to frames
 
 `reward.frames` says what it wants to see: 1 for an image reward (a mean over any frames), n for a clip of n
-evenly spaced frames, "all" for every frame. `arg` is what follows the colon in `--reward name:arg`. `weights`
-is None for the published weights, or a folder that holds one sub-folder per reward, in the same file formats.
+evenly spaced frames, "all" for every frame. `weights` is None for the published weights, or a folder that
+holds one sub-folder per reward, in the same file formats. `arg` is what follows the colon in `--reward
+name:arg`; a `make` without that parameter takes none, and one without a default for it must be given one.
 Optional: `reward.report`, {name: (B,)} figures of the last call to log beside the reward;
-`reward.check(prompts)`, called once before training, which raises BadReward when it can't work with them;
+`reward.check(prompts)`, called once before training, which raises BadInput when it can't work with them;
 `reward.networks`, a list of modules, for `--offload` to move to host memory while no video is scored.
 
 Your own reward: write `make_mine` by imitating `make_colorful`, and add one line to REWARDS at the end.
@@ -15,13 +16,16 @@ Your own reward: write `make_mine` by imitating `make_colorful`, and add one lin
 
 import difflib
 import functools
+import inspect
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -41,11 +45,36 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class BadReward(ValueError):
-    """A --reward that can't be used; its message is one line that says what to do."""
-
-
 # ---- 1. Shared pieces --------------------------------------------------------------------------------------
+
+
+class BadInput(ValueError):
+    """A setting or file that can't be used; its message is one line that says what to do."""
+
+
+def need(ok, message: str):
+    """Raise BadInput(message) unless ok."""
+    if not ok:
+        raise BadInput(message)
+
+
+def fetch(source: str, name: str, flag: str) -> Path:
+    """One file of a folder, or of a hub repository (then it is downloaded). Raises BadInput."""
+    if Path(source).is_dir():
+        need((Path(source) / name).is_file(), f"{flag}: there is no {name} in the folder {source}")
+        return Path(source) / name
+    try:
+        return Path(hf_hub_download(source, name))
+    except (hub.RepositoryNotFoundError, hub.HFValidationError, hub.RemoteEntryNotFoundError):
+        problem = f"no {source!r} with a {name} on the hub, and no such folder: check the spelling"
+    except (hub.HfHubHTTPError, OSError):
+        problem = f"can't reach the hub for {source!r}: check the network, or take --model tiny, needing none"
+    raise BadInput(f"{flag}: {problem}")
+
+
+def evenly_spaced(n: int, size: int) -> list[int]:
+    """n indices of `size` things, the first and the last among them; some twice where n is larger."""
+    return np.linspace(0, size - 1, n).round().astype(int).tolist()
 
 
 def exact(x):
@@ -111,23 +140,23 @@ def source(weights, name, hub):
         return hub
     folder = Path(weights) / name
     if not folder.is_dir():
-        raise BadReward(f"--reward_weights {weights} has no folder {name!r}: put that reward's files there")
+        raise BadInput(f"--reward_weights {weights} has no folder {name!r}: put that reward's files there")
     return str(folder)
 
 
 def pick_label(names, wanted: str, what: str) -> int:
-    """Index of a label by its name, upper or lower case. names: {index: name}. Raises BadReward."""
+    """Index of a label by its name, upper or lower case. names: {index: name}. Raises BadInput."""
     numbers = {name.lower(): int(number) for number, name in names.items()}
     if wanted.lower() not in numbers:
         near = ", ".join(difflib.get_close_matches(wanted.lower(), numbers, n=4, cutoff=0))
-        raise BadReward(f"no {what} {wanted!r} among the model's {len(numbers)}; the nearest are: {near}")
+        raise BadInput(f"no {what} {wanted!r} among the model's {len(numbers)}; the nearest are: {near}")
     return numbers[wanted.lower()]
 
 
 def need_frames(frames, least: int, name: str):
-    """Raises BadReward when a clip (B, N, 3, H, W) is too short for a reward."""
+    """Raises BadInput when a clip (B, N, 3, H, W) is too short for a reward."""
     if frames.shape[1] < least:
-        raise BadReward(f"{name} needs at least {least} frames: raise --decode_frames or --num_frames")
+        raise BadInput(f"{name} needs at least {least} frames: raise --decode_frames or --num_frames")
 
 
 # ---- 2. Image rewards --------------------------------------------------------------------------------------
@@ -146,14 +175,15 @@ class AestheticHead(nn.Module):
         return self.layers(embedding)
 
 
-def make_aesthetic(device, dtype, arg=None, weights=None):
+def make_aesthetic(device, dtype, weights=None):
     """LAION aesthetic score, about 1 to 10: a linear head on the normalised CLIP ViT-L/14 image embedding.
 
     Source: github.com/christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE`.
     """
-    folder, file = source(weights, "aesthetic", None), "aesthetic-model.pth"
-    path = Path(folder) / file if folder else hf_hub_download("trl-lib/ddpo-aesthetic-predictor", file)
-    model = folder or "openai/clip-vit-large-patch14"
+    path = fetch(
+        source(weights, "aesthetic", "trl-lib/ddpo-aesthetic-predictor"), "aesthetic-model.pth", "aesthetic"
+    )
+    model = source(weights, "aesthetic", "openai/clip-vit-large-patch14")
     clip = CLIPVisionModelWithProjection.from_pretrained(model, dtype=dtype)
     head = AestheticHead(clip.config.projection_dim)
     head.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -203,7 +233,7 @@ def load_clip(model, text_model, device, dtype):
     return clip, embed_image, embed_text
 
 
-def make_clip(device, dtype, arg=None, weights=None):
+def make_clip(device, dtype, weights=None, arg=None):
     """Cosine of frame and prompt by CLIP (Radford et al. 2021), -1 to 1. arg: a hub id, else ViT-L/14."""
     model = arg or source(weights, "clip", "openai/clip-vit-large-patch14")
     clip, embed_image, embed_text = load_clip(model, model, device, dtype)
@@ -215,7 +245,7 @@ def make_clip(device, dtype, arg=None, weights=None):
     return image_text_reward(clip, prepared, embed_text)
 
 
-def make_pickscore(device, dtype, arg=None, weights=None):
+def make_pickscore(device, dtype, weights=None):
     """PickScore (Kirstain et al. 2023): exp(logit scale) x cosine / 100, about 0.2."""
     model = source(weights, "pickscore", "yuvalkirstain/PickScore_v1")
     text_model = source(weights, "pickscore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
@@ -234,20 +264,19 @@ def make_pickscore(device, dtype, arg=None, weights=None):
     return reward
 
 
-def make_hps(device, dtype, arg=None, weights=None):
+def make_hps(device, dtype, weights=None, arg=None):
     """HPSv2 (Wu et al. 2023): cosine of frame and prompt, about 0.2 to 0.35. arg: 2.1 (default) or 2.0.
 
     Source: github.com/tgxs002/HPSv2. A folder may bring an open_clip_config.json, else it is a ViT-H-14.
     """
     files = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
     if (arg or "2.1") not in files:
-        raise BadReward(f"no HPS version {arg!r}: there are hps:2.1 (as plain hps) and hps:2.0")
-    folder, file = source(weights, "hps", None), files[arg or "2.1"]
-    path = Path(folder) / file if folder else hf_hub_download("xswu/HPSv2", file)
-    if folder and (own := Path(folder) / "open_clip_config.json").exists():
+        raise BadInput(f"no HPS version {arg!r}: there are hps:2.1 (as plain hps) and hps:2.0")
+    folder = source(weights, "hps", "xswu/HPSv2")
+    path, own = fetch(folder, files[arg or "2.1"], "hps"), Path(folder) / "open_clip_config.json"
+    name, config = "ViT-H-14", open_clip.get_model_config("ViT-H-14")
+    if own.exists():
         name, config = f"local-dir:{folder}", json.loads(own.read_text(encoding="utf-8"))["model_cfg"]
-    else:
-        name, config = "ViT-H-14", open_clip.get_model_config("ViT-H-14")
     clip = open_clip.CLIP(**config)
     clip.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
     clip, tokenizer = frozen(clip, device, dtype, ("ResidualAttentionBlock",)), open_clip.get_tokenizer(name)
@@ -263,7 +292,7 @@ def make_hps(device, dtype, arg=None, weights=None):
     return image_text_reward(clip, embed_image, embed_text)
 
 
-def make_remove(device, dtype, arg=None, weights=None):
+def make_remove(device, dtype, weights=None, *, arg):
     """Minus how much of an object YOLOS (Fang et al. 2021) sees in a frame, from 0 down. arg: a COCO name.
 
     Sum over queries of p sigmoid((p - 0.2) / 0.05), p being the object's softmax probability: a faint
@@ -271,7 +300,7 @@ def make_remove(device, dtype, arg=None, weights=None):
     """
     model = source(weights, "remove", "hustvl/yolos-base")
     config = YolosConfig.from_pretrained(model)
-    number = pick_label(config.id2label, arg or "", "object")
+    number = pick_label(config.id2label, arg, "object")
     yolos = YolosForObjectDetection.from_pretrained(model, dtype=dtype)
     yolos = frozen(yolos, device, dtype, ("YolosLayer",))
     side = min(512, config.image_size[0])
@@ -290,7 +319,7 @@ def make_remove(device, dtype, arg=None, weights=None):
     return reward
 
 
-def make_colorful(device, dtype, arg=None, weights=None):
+def make_colorful(device, dtype, weights=None):
     """Colourfulness M3 of Hasler & Suesstrunk 2003 / 100: 0 is grey, 1 extremely colourful. No network."""
 
     def reward(frames, prompts):
@@ -312,7 +341,7 @@ JPEG_TABLE = """
 """
 
 
-def make_compressible(device, dtype, arg=None, weights=None):
+def make_compressible(device, dtype, weights=None):
     """Minus the estimated size of a frame as JPEG, in kB: bits of its quantised 8 x 8 DCT, no network.
 
     A coefficient c in steps of q counts log2(1 + |c / q|), rounding left out; luminance, and both chroma
@@ -347,7 +376,7 @@ def make_compressible(device, dtype, arg=None, weights=None):
 # ---- 3. Clip rewards ---------------------------------------------------------------------------------------
 
 
-def make_action(device, dtype, arg=None, weights=None):
+def make_action(device, dtype, weights=None, arg=None):
     """Log probability of an action by VideoMAE (Tong et al. 2022), from 0 down. arg: a Kinetics-400 name.
 
     Without arg each prompt must hold the name of an action; the longest counts. Reports `probability`.
@@ -363,12 +392,13 @@ def make_action(device, dtype, arg=None, weights=None):
         held = [name for name in names if re.search(rf"\b{re.escape(name)}\b", prompt, re.IGNORECASE)]
         if not held:
             near = ", ".join(difflib.get_close_matches(prompt, names, n=3, cutoff=0))
-            raise BadReward(f"prompt {prompt!r} names no action; give one, as in action:{near} (the nearest)")
+            raise BadInput(f"prompt {prompt!r} names no action; give one, as in action:{near} (the nearest)")
         return pick_label(config.id2label, max(held, key=len), "action")
 
     def check(prompts):
-        for prompt in dict.fromkeys(prompts) if fixed is None else ():
-            print(f"action: {config.id2label[label_of(prompt)]!r} in {prompt!r}")
+        if fixed is None:
+            for prompt in dict.fromkeys(prompts):
+                print(f"action: {config.id2label[label_of(prompt)]!r} in {prompt!r}")
 
     def reward(frames, prompts):
         labels = [label_of(p) if fixed is None else fixed for p in prompts]
@@ -432,7 +462,7 @@ def jepa_loss(model, pixels, context, target, teacher=None):
     return (predicted - F.layer_norm(true, true.shape[-1:])).abs().mean((1, 2))
 
 
-def make_vjepa(device, dtype, arg=None, weights=None):
+def make_vjepa(device, dtype, weights=None):
     """Minus V-JEPA 2's own masked prediction loss (Assran et al. 2025), from 0 down: how plausible a clip is.
 
     Averaged over two short-range masks (8 blocks of 15 %) and two long-range ones (2 of 70 %), the same ones
@@ -464,7 +494,7 @@ def coarse(frames):
     return F.adaptive_avg_pool2d(exact(frames).flatten(0, 1), 16).unflatten(0, frames.shape[:2])
 
 
-def make_smooth(device, dtype, arg=None, weights=None):
+def make_smooth(device, dtype, weights=None):
     """Minus how jerky a clip is: its mean squared second difference in time over the first's, no network.
 
     At 16 x 16 pixels. 0 is still or steady; independent random frames are at -3.
@@ -481,7 +511,7 @@ def make_smooth(device, dtype, arg=None, weights=None):
     return reward
 
 
-def make_dynamic(device, dtype, arg=None, weights=None):
+def make_dynamic(device, dtype, weights=None):
     """How much moves: mean absolute difference of neighbouring frames at 16 x 16, in percent. No network."""
 
     def reward(frames, prompts):
@@ -510,44 +540,79 @@ REWARDS = {
 }
 
 
-# the built-in rewards that would ignore an argument; yours may take one
-NO_ARGUMENT = {"aesthetic", "pickscore", "vjepa", "smooth", "dynamic", "colorful", "compressible"}
-
-
 def parse(spec: str) -> list[tuple[float, str, str | None]]:
     """Split "hps + 0.5*remove:book" into [(1.0, "hps", None), (0.5, "remove", "book")].
 
-    Raises BadReward, naming the nearest reward, when a name is unknown or a term can't be read.
+    Raises BadInput, naming the nearest reward, when a name is unknown or a term can't be read.
     """
     terms, shape = [], r"\s*(?:(-?\d+(?:\.\d*)?|-?\.\d+)\s*\*)?\s*([A-Za-z_]\w*)\s*(?::\s*(.*\S))?\s*"
     for term in spec.split("+"):
         found, said = re.fullmatch(shape, term), term.strip()
         if not found:
-            raise BadReward(f'can\'t read {said!r} in --reward {spec!r}: write "aesthetic + 0.5*colorful"')
+            raise BadInput(f'can\'t read {said!r} in --reward {spec!r}: write "aesthetic + 0.5*colorful"')
         weight, name, arg = found.groups()
         if name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0)[0]
             known = ", ".join(REWARDS)
-            raise BadReward(f"unknown reward {name!r}: did you mean {near!r}? There are: {known}")
-        if (name, arg) in [known[1:] for known in terms]:
-            raise BadReward(f"{said!r} stands twice in --reward {spec!r}: give it one weight")
-        if name == "remove" and not arg:
-            raise BadReward("remove needs an object: --reward remove:book")
+            raise BadInput(f"unknown reward {name!r}: did you mean {near!r}? There are: {known}")
+        if (name, arg) in [earlier[1:] for earlier in terms]:
+            raise BadInput(f"{said!r} stands twice in --reward {spec!r}: give it one weight")
+        takes = inspect.signature(REWARDS[name]).parameters.get("arg")
+        need(takes or not arg, f"{name} takes nothing after the colon: --reward {name}")
+        lacks = takes and takes.default is inspect.Parameter.empty and not arg
+        need(not lacks, f"{name} must be told of what, after a colon, as in --reward {name}:book")
         terms.append((float(weight or 1), name, arg))
     return terms
 
 
-def make_terms(spec: str, device, dtype, weights=None) -> dict:
-    """Load the rewards of a weighted sum: {"name" or "name:arg": (weight, reward)}. Raises BadReward."""
+def make_terms(spec: str, device, dtype, weights=None, prompts: list[str] = ()) -> dict:
+    """Load the rewards of a weighted sum: {"name" or "name:arg": (weight, reward)}.
+
+    Raises BadInput when one can't be loaded, or can't work with the prompts.
+    """
     terms = {}
     for weight, name, arg in parse(spec):
-        if arg and name in NO_ARGUMENT:
-            raise BadReward(f"{name} takes nothing after the colon: --reward {name}")
         try:
-            reward = REWARDS[name](device, dtype, arg, weights)
+            reward = REWARDS[name](device, dtype, weights=weights, **({"arg": arg} if arg else {}))
         except OSError as error:
             problem = str(error).strip().splitlines()[0][:150]
             said = f"can't load reward {name!r}: check the network, or --reward_weights ({problem})"
-            raise BadReward(said) from None
+            raise BadInput(said) from None
+        if hasattr(reward, "check"):
+            reward.check(prompts)
         terms[name if arg is None else f"{name}:{arg}"] = (weight, reward)
     return terms
+
+
+def views(reward, video, chunk: int):
+    """What a reward is given of video (B, N, 3, H, W): (frames, share of the mean) pairs.
+
+    An image reward is a mean over frames, so it gets `chunk` at once; a clip reward gets its clip whole.
+    """
+    wanted = getattr(reward, "frames", 1)
+    if wanted == 1:
+        return [(view, view.shape[1] / video.shape[1]) for view in video.split(chunk, dim=1)]
+    if wanted == "all":
+        return [(video, 1.0)]
+    return [(video[:, evenly_spaced(wanted, video.shape[1])], 1.0)]
+
+
+def weighted_rewards(terms: dict, video, prompts: list[str], chunk=1, scale=None) -> dict:
+    """Rewards of video (B, N, 3, H, W): {"reward": (B,) weighted sum, term: (B,), "term figure": (B,)}.
+
+    terms: of `make_terms`. With a scale, `scale` times the sum over videos is differentiated, piece by piece.
+    Raises BadInput when a reward has the wrong shape, or then no gradient.
+    """
+    found = {"reward": torch.zeros(len(prompts), device=video.device)}
+    for name, (weight, reward) in terms.items():
+        for view, share in views(reward, video, chunk):
+            value = reward(view, prompts)
+            good = value.shape == (len(prompts),) and (value.requires_grad or scale is None)
+            need(good, f"reward {name!r} must return ({len(prompts)},), one per video, with a gradient")
+            if scale is not None:
+                (scale * (weight * share * value).sum()).backward()
+            value = value.detach()
+            figures = {f"{name} {key}": v for key, v in getattr(reward, "report", {}).items()}
+            for key, part in {"reward": weight * value, name: value, **figures}.items():
+                found[key] = found.get(key, 0) + share * part
+    return found

@@ -1,0 +1,101 @@
+"""LTX-Video (HaCohen et al. 2024), text or image to video: flow on tokens, 8 frames in a latent, T5."""
+
+import math
+
+import diffusers
+import torch
+
+from rewards import need
+from vader import (
+    PUBLISHED,
+    TextToVideoUNet,
+    generator_for,
+    read_config,
+    read_image,
+    straight_through_clamp,
+    tabulate,
+)
+
+
+class LTX(TextToVideoUNet):
+    ltx = dict(source="Lightricks/LTX-Video", num_frames=49, height=512, width=704)
+    ltx |= PUBLISHED | dict(num_inference_steps=30, guidance_scale=3.0, lr=1e-4)
+    presets = {"ltx": ltx}
+
+    text_pipeline = lora_pipeline = diffusers.LTXPipeline
+    denoiser_class, folder = diffusers.LTXVideoTransformer3DModel, "transformer"
+    vae_class = diffusers.AutoencoderKLLTXVideo
+    checkpointed = ("LTXVideoTransformerBlock",)
+    vae_checkpointed = ("LTXVideoResnetBlock3d",)
+    multiple, frame_multiple = 32, 8
+    scale, frames_per_latent = 32, 8
+    stochastic, images = False, "may"
+    frame_rate = 25  # frames per second, told to the denoiser
+    decode_timestep, decode_noise_scale = 0.05, 0.025  # for a VAE that takes a timestep (0.9.1 and later)
+
+    def schedule(self, cfg):
+        """Euler steps of rectified flow; the more tokens, the more noise."""
+        need(cfg.num_inference_steps > 1, "--num_inference_steps must be 2 or more for this model")
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
+        known = scheduler.config
+        _, *size = self.latent_shape(cfg)
+        slope = (known.max_shift - known.base_shift) / (known.max_image_seq_len - known.base_image_seq_len)
+        shift = known.base_shift + slope * (math.prod(size) - known.base_image_seq_len)
+        steps = cfg.num_inference_steps
+        scheduler.set_timesteps(sigmas=torch.linspace(1, 1 / steps, steps).double().tolist(), mu=shift)
+        return tabulate(scheduler)
+
+    def encode_text(self, pipe, text):
+        how = dict(do_classifier_free_guidance=False, max_sequence_length=128, device=self.device)
+        states, mask, *_ = pipe.encode_prompt(text, **how)
+        return {"encoder_hidden_states": states[0], "encoder_attention_mask": mask[0].bool()}
+
+    @torch.no_grad()
+    def encode(self, prompts, cfg):
+        conds, starts = super().encode(prompts, cfg), [prompt for prompt in prompts if prompt.image]
+        if starts:
+            vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
+            vae.to(self.device)
+            mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
+        for prompt in starts:
+            picture = read_image(prompt.image, cfg.height, cfg.width)[None, :, None] * 2 - 1
+            latent = vae.encode(picture.to(self.device, self.dtype)).latent_dist.mode()[0].float()
+            conds[prompt]["image"] = (latent - mean) / std  # (C, 1, H / 32, W / 32)
+        return conds
+
+    def load(self):
+        super().load()
+        for block in self.vae.decoder.modules():  # 0.9.1's draws noise: recomputing would not repeat
+            if hasattr(block, "per_channel_scale1"):
+                block.per_channel_scale1 = block.per_channel_scale2 = None
+
+    def denoise(self, x, t, cond):
+        frames, height, width = x.shape[2:]
+        size = dict(num_frames=frames, height=height, width=width)
+        size["rope_interpolation_scale"] = (self.frames_per_latent / self.frame_rate, 32, 32)
+        text = {name: value for name, value in cond.items() if name != "image"}
+        seen, times = x, t.to(self.device).expand(len(x))
+        if "image" in cond:  # the image's tokens come first and are at time 0
+            seen = torch.cat([cond["image"], x[:, :, 1:]], dim=2)
+            noisy = torch.arange(frames * height * width, device=self.device) >= height * width
+            times = times[:, None] * noisy
+        tokens = seen.flatten(2).transpose(1, 2).to(self.dtype)
+        f = self.denoiser(tokens, timestep=times, **text, **size, return_dict=False)[0]
+        f = f.transpose(1, 2).unflatten(2, x.shape[2:]).float()
+        if "image" in cond:  # what leads the first latent frame straight to the image
+            f = torch.cat([(x[:, :, :1] - cond["image"]) * 1000 / t.to(self.device), f[:, :, 1:]], dim=2)
+        return f
+
+    def decode(self, latents, picks):
+        """As above. This VAE looks both ways in time and is cheap: it decodes all for any picks."""
+        vae, timestep = self.vae, None
+        mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
+        hidden = latents * std / vae.config.scaling_factor + mean
+        if vae.config.timestep_conditioning:
+            noise = torch.randn(hidden.shape, generator=generator_for("decode noise")).to(self.device)
+            hidden = torch.lerp(hidden, noise, self.decode_noise_scale)
+            timestep = torch.full((len(hidden),), self.decode_timestep).to(self.device, self.dtype)
+        video = vae.decode(hidden.to(self.dtype), timestep, return_dict=False)[0].transpose(1, 2).float()
+        split = video.split([1] + [self.frames_per_latent] * (latents.shape[2] - 1), dim=1)
+        return straight_through_clamp(torch.cat([split[n] for n in picks], dim=1) / 2 + 0.5)

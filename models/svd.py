@@ -1,0 +1,83 @@
+"""Stable Video Diffusion (Blattmann et al. 2023), image to video: noise levels, guidance by frame."""
+
+import diffusers
+import torch
+from PIL import Image
+
+from vader import (
+    HERE,
+    PUBLISHED,
+    TINY,
+    Prompt,
+    TextToVideoUNet,
+    generator_for,
+    read_config,
+    read_image,
+    straight_through_clamp,
+    tabulate,
+)
+
+
+class StableVideoDiffusion(TextToVideoUNet):
+    svd = dict(source="stabilityai/stable-video-diffusion-img2vid", num_frames=14, height=576, width=1024)
+    svd |= PUBLISHED | dict(num_inference_steps=25, guidance_scale=3.0)
+    tiny = TINY | dict(source=str(HERE / "tiny" / "i2v"), num_frames=8, guidance_scale=2.0)
+    presets = {"svd": svd, "tiny-i2v": tiny}
+
+    denoiser_class = diffusers.UNetSpatioTemporalConditionModel
+    vae_class = diffusers.AutoencoderKLTemporalDecoder
+    checkpointed = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel")
+    checkpointed += ("BasicTransformerBlock", "TemporalBasicTransformerBlock")  # within: 2.7 GB less
+    vae_checkpointed = ("SpatioTemporalResBlock",)
+    stochastic, images = False, "must"
+    grad_steps = "strongest"  # the last of 25 steps has a leverage of 0.002, the strongest 0.29
+    # the model's own defaults: frames per second less one, how much moves, noise on the image
+    time_ids = (6.0, 127.0, 0.02)
+
+    def schedule(self, cfg):
+        """Euler steps over noise levels sigma, v prediction (Karras et al. 2022, alg. 1 and eq. 7)."""
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
+        scheduler.set_timesteps(cfg.num_inference_steps)
+        return tabulate(scheduler)
+
+    @torch.no_grad()
+    def encode(self, prompts, cfg):
+        stock, unused = diffusers.StableVideoDiffusionPipeline, dict(unet=None, scheduler=None)
+        pipe = stock.from_pretrained(self.source, **unused, dtype=self.dtype).to(self.device)
+        # in half precision this encoder overflows on some images
+        precise = torch.float32 if self.dtype == torch.float16 else self.dtype
+        pipe.vae.to(dtype=precise)
+        conds, time_ids = {}, torch.tensor(self.time_ids, device=self.device, dtype=self.dtype)
+        for prompt in prompts:
+            if prompt.image is None:
+                continue
+            picture = Image.open(prompt.image).convert("RGB")
+            noise = torch.randn(1, 3, cfg.height, cfg.width, generator=generator_for("image noise"))
+            start = read_image(prompt.image, cfg.height, cfg.width)[None] * 2 - 1 + self.time_ids[2] * noise
+            latents = pipe.vae.encode(start.to(self.device, precise)).latent_dist.mode()[0]
+            conds[prompt] = {
+                "embedding": pipe._encode_image(picture, self.device, 1, False)[0],  # (1, D)
+                "image_latents": latents.to(self.dtype),  # (C, H / 8, W / 8), unscaled
+                "time_ids": time_ids,
+            }
+        # unconditional: an empty image
+        first = next(iter(conds.values()))
+        nothing = {name: torch.zeros_like(value) for name, value in first.items()}
+        return conds | {Prompt(""): nothing | {"time_ids": time_ids}}
+
+    def guidance(self, scale, frames):
+        return torch.linspace(1, scale, frames, device=self.device)[:, None, None]
+
+    def denoise(self, x, t, cond):
+        image = cond["image_latents"][:, :, None].expand(-1, -1, x.shape[2], -1, -1)
+        x = torch.cat([x.to(self.dtype), image], dim=1).transpose(1, 2)  # (B, F, 2 C, H, W)
+        given = dict(encoder_hidden_states=cond["embedding"], added_time_ids=cond["time_ids"])
+        return self.denoiser(x, t.to(self.device), **given, return_dict=False)[0].transpose(1, 2).float()
+
+    def decode(self, latents, picks):
+        """As above. This VAE mixes neighbouring frames: those decoded together see each other, no others."""
+        picked = latents[:, :, picks].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
+        together = len(picks) if picks == list(range(picks[0], picks[0] + len(picks))) else 1
+        pictures = self.vae.decode(picked.to(self.dtype), num_frames=together).sample.float()
+        return straight_through_clamp(pictures / 2 + 0.5).unflatten(0, (-1, len(picks)))

@@ -1,0 +1,89 @@
+"""Wan 2.1 text to video (2025): a flow transformer, a causal VAE of 4 frames a latent, a UMT5 encoder."""
+
+import functools
+
+import diffusers
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from vader import HERE, PUBLISHED, TINY, TextToVideoUNet, read_config, straight_through_clamp, tabulate
+
+
+class Wan(TextToVideoUNet):
+    wan = dict(source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", num_frames=81, height=480, width=832)
+    wan |= PUBLISHED | dict(num_inference_steps=30, guidance_scale=5.0, lr=1e-4)
+    tiny = TINY | dict(source=str(HERE / "tiny" / "wan"), num_frames=9, guidance_scale=3.0)
+    presets = {"wan": wan, "tiny-wan": tiny}
+
+    text_pipeline = lora_pipeline = diffusers.WanPipeline
+    denoiser_class, folder = diffusers.WanTransformer3DModel, "transformer"
+    vae_class = diffusers.AutoencoderKLWan
+    checkpointed = ("WanTransformerBlock",)
+    vae_checkpointed = ()  # its blocks keep a cache: see `recompute`
+    multiple, frame_multiple = 16, 4
+    scale, frames_per_latent = 8, 4
+    stochastic = False
+    grad_steps = "strongest"  # the last step has a leverage of 0.009, the strongest of 30 has 0.095
+
+    def schedule(self, cfg):
+        """Euler steps of rectified flow (Liu et al. 2022): x = (1 - sigma) x0 + sigma noise, f its slope."""
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        shift = config.get("flow_shift") or config.get("shift", 1.0)
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        scheduler.set_timesteps(cfg.num_inference_steps)
+        return tabulate(scheduler)
+
+    def encode_text(self, pipe, text):
+        how = dict(do_classifier_free_guidance=False, max_sequence_length=512, device=self.device)
+        return {"encoder_hidden_states": pipe.encode_prompt(text, **how)[0][0]}
+
+    def recompute(self):
+        super().recompute()
+        checkpoint_cached_blocks(self.vae)
+
+    def decode(self, latents, picks):
+        """As above: the VAE's own decoding without its clamp, one latent frame after the other.
+
+        Frames are exact; their gradient reaches the picked latent frames, not those before them.
+        """
+        config, graph = self.vae.config, torch.is_grad_enabled()
+        statistics = torch.tensor([config.latents_mean, config.latents_std], device=self.device)
+        mean, std = statistics[..., None, None, None]
+        hidden = self.vae.post_quant_conv((latents * std + mean).to(self.dtype))
+        convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in self.vae.decoder.modules())
+        cache, parts = [None] * convolutions, []
+        for i in range(picks[-1] + 1):
+            with torch.set_grad_enabled(graph and i in picks):
+                piece = hidden[:, :, i : i + 1]
+                frames = self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
+            if i in picks:
+                parts.append(frames)
+        return straight_through_clamp(torch.cat(parts, dim=2).transpose(1, 2).float() / 2 + 0.5)
+
+
+def checkpoint_cached_blocks(vae):
+    """As `rewards.checkpoint_blocks`, for Wan's VAE: its blocks use a list of earlier frames' features.
+
+    A block's part of the list becomes arguments and results, so that computing it again does no harm.
+    """
+
+    def recomputed(forward, slots, x, feat_cache, feat_idx):
+        if not torch.is_grad_enabled():
+            return forward(x, feat_cache=feat_cache, feat_idx=feat_idx)
+
+        def pure(x, *before):
+            after = list(before)
+            return forward(x, feat_cache=after, feat_idx=[0]), *after
+
+        first = feat_idx[0]
+        before = feat_cache[first : first + slots]
+        y, *after = checkpoint(pure, x, *before, use_reentrant=False, preserve_rng_state=False)
+        feat_cache[first : first + slots] = after
+        feat_idx[0] += slots
+        return y
+
+    for module in vae.modules():
+        kind = type(module).__name__
+        if kind in ("WanResidualBlock", "WanResample"):
+            slots = 2 if kind == "WanResidualBlock" else int(module.mode == "upsample3d")
+            module.forward = functools.partial(recomputed, module.forward, slots)
