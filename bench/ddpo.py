@@ -24,16 +24,17 @@ CLIP = 0.2  # PPO's range of the ratio
 LIMIT = 5.0  # of an advantage, as in the authors' code
 
 
-def log_prob(model, schedule, i: int, x, x_next, cond, uncond, guidance_scale):
+def log_prob(run, batch, i: int, x, x_next):
     """log p(x[i+1] | x[i]), summed over a video's numbers: (B, C, F, H, W) twice -> (B,) float64.
 
     In float64, as the sum over thousands of numbers is compared with another one to the fourth decimal.
     """
-    a, b, c, s = (float(table[i]) for table in (schedule.a, schedule.b, schedule.c, schedule.s))
-    f = model.denoise(c * x, schedule.t[i], cond)
-    if guidance_scale != 1:
-        nothing = model.denoise(c * x, schedule.t[i], uncond)
-        f = nothing + model.guidance(guidance_scale, x.shape[2]) * (f - nothing)
+    model, schedule, w = run.model, run.schedule, run.cfg.guidance_scale
+    a, b, c, s, t = (table[i] for table in (schedule.a, schedule.b, schedule.c, schedule.s, schedule.t))
+    f = model.denoise(c * x, t, batch.cond)
+    if w != 1:
+        nothing = model.denoise(c * x, t, batch.uncond)
+        f = nothing + model.guidance(w, x.shape[2]) * (f - nothing)
     distance = (x_next.double() - (a * x + b * f).double()) / s
     return (-(distance**2) / 2 - math.log(s) - math.log(2 * math.pi) / 2).sum((1, 2, 3, 4))
 
@@ -50,19 +51,25 @@ def ppo_loss(new, old, advantage):
 
 
 @torch.no_grad()
-def collect(run, prompt: str, key: int) -> dict:
-    """Videos of one prompt: {"latents": T + 1 of them, "given": to `log_prob`, "rewards": (B,)}."""
+def collect(run, prompt: vader.Prompt, key: int) -> dict:
+    """Videos of one prompt: {"batch": the vader.Batch, "latents": T + 1 of them, "rewards": (B,)}."""
     cfg, model = run.cfg, run.model
     prompts, generator = [prompt] * cfg.batch_size, vader.generator_for(cfg.seed, "ddpo", key)
     noise = torch.randn(cfg.batch_size, *model.latent_shape(cfg), generator=generator).to(model.device)
-    given = *vader.collate(run.conds, prompts), cfg.guidance_scale
-    latents = vader.rollout(model, run.schedule, noise, *given, generator)
-    frames = vader.decode_whole(model, latents[-1], cfg.decode_chunk)
-    rewards = vader.compute_rewards(run.terms, frames, prompts, cfg.decode_chunk)["reward"]
-    return {"latents": latents, "given": given, "rewards": rewards}
+    batch = vader.make_batch(run, prompts, noise, generator)
+    latents = vader.rollout(run, batch)
+    return {"batch": batch, "latents": latents, "rewards": rewards_of(run, prompts, latents[-1])}
 
 
-def update(run, prompts: list[str], step: int, optimizer, epochs=2) -> dict:
+@torch.no_grad()
+def rewards_of(run, prompts: list[vader.Prompt], latents):
+    """Rewards (B,) of whole videos, of clean latents (B, C, F, H, W)."""
+    frames = torch.cat([run.model.decode(latents, [n]) for n in range(latents.shape[2])], dim=1)
+    texts = [prompt.text for prompt in prompts]
+    return vader.rewards.weighted_rewards(run.terms, frames, texts)["reward"]
+
+
+def update(run, prompts: list[vader.Prompt], step: int, optimizer, epochs=2) -> dict:
     """One round of sampling and `epochs` AdamW steps. Returns {"reward", "queries", "clipped"}.
 
     queries: videos scored; clipped: share of the last epoch's ratios outside PPO's range.
@@ -70,7 +77,7 @@ def update(run, prompts: list[str], step: int, optimizer, epochs=2) -> dict:
     """
     cfg, schedule = run.cfg, run.schedule
     # the last step draws no noise when it ends at the clean video: nothing to choose
-    steps = [i for i in range(len(schedule)) if schedule.s[i] > 0]
+    steps = [i for i, s in enumerate(schedule.s) if s > 0]
     vader.need(steps, "DDPO needs a stochastic sampler: set eta above 0")
     vader.need(cfg.batch_size > 1, "DDPO compares videos of one prompt: set batch_size to 2 or more")
     chosen = vader.batch_prompts(prompts, dataclasses.replace(cfg, batch_size=cfg.grad_accum), step)
@@ -81,7 +88,7 @@ def update(run, prompts: list[str], step: int, optimizer, epochs=2) -> dict:
         optimizer.zero_grad()
         outside = []
         for (n, one), i in itertools.product(enumerate(rounds), steps):
-            new = log_prob(run.model, schedule, i, *one["latents"][i : i + 2], *one["given"])
+            new = log_prob(run, one["batch"], i, *one["latents"][i : i + 2])
             old = before.setdefault((n, i), new.detach())
             (ppo_loss(new, old, advantages(one["rewards"])) / len(rounds)).backward()
             outside.append(((new.detach() - old).exp() - 1).abs() > CLIP)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+from ddpo import rewards_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import vader  # noqa: E402 (needs the line above)
@@ -21,7 +22,7 @@ BETA = 5000.0  # strength of the pull to the reference, as in the paper's SDXL r
 
 
 @torch.no_grad()
-def collect(run, prompts: list[str], key: int):
+def collect(run, prompts: list[vader.Prompt], key: int):
     """Two videos of each of B prompts, scored: clean latents of the better and the worse, rewards (2 B,).
 
     Returns better, worse: (B, C, F, H, W); cond of the B prompts; rewards.
@@ -29,14 +30,14 @@ def collect(run, prompts: list[str], key: int):
     cfg, model = run.cfg, run.model
     both, generator = [*prompts, *prompts], vader.generator_for(cfg.seed, "dpo", key)
     noise = torch.randn(len(both), *model.latent_shape(cfg), generator=generator).to(model.device)
-    cond, uncond = vader.collate(run.conds, both)
-    clean = vader.rollout(model, run.schedule, noise, cond, uncond, cfg.guidance_scale, generator)[-1]
-    frames = vader.decode_whole(model, clean, cfg.decode_chunk)
-    rewards = vader.compute_rewards(run.terms, frames, both, cfg.decode_chunk)["reward"]
+    batch = vader.make_batch(run, both, noise, generator)
+    clean = vader.rollout(run, batch)[-1]
+    rewards = rewards_of(run, both, clean)
     one, other = clean.chunk(2)
     first = (rewards[: len(prompts)] >= rewards[len(prompts) :])[:, None, None, None, None]
     better, worse = torch.where(first, one, other), torch.where(first, other, one)
-    return better, worse, vader.collate(run.conds, prompts)[0], rewards
+    cond = {name: value[: len(prompts)] for name, value in batch.cond.items()}
+    return better, worse, cond, rewards
 
 
 def denoising_error(model, scheduler, clean, noise, t: int, cond):
@@ -62,7 +63,7 @@ def dpo_loss(model, scheduler, better, worse, noise, t: int, cond, beta=BETA):
     return -torch.nn.functional.logsigmoid(-beta / 2 * margin).mean()
 
 
-def update(run, prompts: list[str], step: int, optimizer, draws=8, beta=BETA) -> dict:
+def update(run, prompts: list[vader.Prompt], step: int, optimizer, draws=8, beta=BETA) -> dict:
     """grad_accum batches of pairs, `draws` times and noises for each, then an AdamW step.
 
     Returns {"reward", "queries", "loss"}; queries: videos scored.

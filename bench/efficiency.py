@@ -17,6 +17,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import io
 import itertools
 import json
 import math
@@ -48,8 +49,7 @@ BEST = dict(backprop_steps=3, grad_steps="last", detach_uncond=True)
 
 def vader_update(run, prompts, step, optimizer) -> dict:
     """`vader.update` with the arguments and the row of the baselines' `update`."""
-    scaler = torch.amp.GradScaler(run.cfg.device, enabled=False)
-    row = vader.update(run, prompts, step, 0, 1, optimizer, scaler)
+    row = vader.update(run, prompts, step, optimizer)
     return {"reward": row["reward"], "queries": run.cfg.batch_size * run.cfg.grad_accum}
 
 
@@ -99,18 +99,19 @@ def open_run(settings: dict, reward: str, seed: int):
     cfg, source, family = vader.resolve(cfg)
     prompts, held_out = vader.split_prompts(cfg)
     run = vader.load_run(cfg, source, family, prompts + held_out)
-    optimizer = vader.make_optimizer(cfg, list(vader.lora_parameters(run.model).values()))
+    optimizer = vader.make_optimizer(run)
     # everybody is judged by the same deterministic sampler and the same noise
-    quiet = dataclasses.replace(cfg, eta=0.0, seed=0, batch_size=4, num_inference_steps=STEPS)
+    quiet = dict(eta=0.0, seed=0, batch_size=4, num_inference_steps=STEPS, out=str(RUNS))
+    quiet = dataclasses.replace(cfg, **quiet)
     judge = dataclasses.replace(run, cfg=quiet, schedule=run.model.schedule(quiet))
     return run, optimizer, prompts, [held_out[n % len(held_out)] for n in range(VIDEOS)], judge
 
 
-def base_values(judge, held_out: list[str], reward: str) -> list[float]:
+def base_values(judge, held_out: list[vader.Prompt], reward: str) -> list[float]:
     """The rewards before any update: a new LoRA changes nothing, so they are the same for all runs."""
     file = RUNS / f"base-{reward}-{judge.cfg.timestep_spacing}.json"
     if not file.exists():
-        vader.write_text(file, json.dumps(vader.evaluate(judge, held_out, RUNS / file.stem)["reward"]))
+        vader.write_whole(file, json.dumps(vader.evaluate(judge, held_out, file.stem)["reward"]))
     return json.loads(file.read_text())
 
 
@@ -142,14 +143,15 @@ def train(name: str, method: Method, reward: str, seed: int, marks=MARKS, second
         passed = [queries >= mark * method.queries for mark in marks]
         if not rows or sum(passed) >= len(rows) or over():
             if rows:
-                values = vader.evaluate(judge, held_out, out / f"{queries:04d}")["reward"]
+                values = vader.evaluate(judge, held_out, f"{name}/{queries:04d}")["reward"]
             else:
                 values = base_values(judge, held_out, reward)
             row = {"queries": queries, "seconds": round(seconds, 1), "step": step}
             rows.append(row | {"mean": float(np.mean(values)), "values": values})
             state = {"lora": {n: p.detach() for n, p in weights.items()}, "optimizer": optimizer.state_dict()}
-            vader.write_atomically(state_file, lambda path, state=state: torch.save(state, path))
-            vader.write_text(file, json.dumps(rows))
+            torch.save(state, content := io.BytesIO())
+            vader.write_whole(state_file, content.getvalue())
+            vader.write_whole(file, json.dumps(rows))
             print(f"{name}: {queries} queries, {seconds:.0f} s, {rows[-1]['mean']:.3f}", flush=True)
         if over():
             return rows

@@ -9,10 +9,13 @@ bench/generalise.py), as a share of the base model's. Tiny model, 5 steps, learn
 """
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
 
+import diffusers
 import efficiency
 import generalise
 import torch
@@ -26,42 +29,50 @@ DRAWS = 4
 BASE = {}  # what `looks` found without a LoRA
 
 
-def renoise(schedule, latents, generator):
-    """The clean latents noised to where the last step starts.
+def renoise(run, latents, generator):
+    """The clean latents noised to where the last step starts: sqrt(A) x0 + sqrt(1 - A) noise, for DDIM."""
+    config = vader.read_config(run.model.source, "scheduler/scheduler_config.json")
+    alphas = diffusers.DDIMScheduler.from_config(config).alphas_cumprod.double()
+    alpha, clean = alphas[run.schedule.t[-1]].item(), latents[-1]
+    noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+    return alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
 
-    For DDIM on noise prediction: x = alpha x0 + sigma noise, with p = 1 / alpha and q = -sigma / alpha.
+
+def redraw(run, batch, latents, g=None, walk_back=vader.walk_back, found=None) -> float:
+    """DRaFT-LV (Clark et al. 2023, sec. 4.2): DRAWS times, noise the clean video anew and redo the last step.
+
+    Takes and returns what `vader.walk_back` does, and can stand in its place. Each draw has the reward's
+    gradient of its own clean video, so g goes unused. found: a list for the draws' rewards, (B,) each.
     """
-    alpha, sigma = float(1 / schedule.p[-1]), float(-schedule.q[-1] / schedule.p[-1])
-    clean = latents[-1]
-    return alpha * clean + sigma * torch.randn(clean.shape, generator=generator).to(clean.device)
+    tables = {name: getattr(run.schedule, name)[-1:] for name in "tabcs"}
+    last, change = dataclasses.replace(run, schedule=vader.Schedule(**tables)), 0.0
+    for _ in range(DRAWS):
+        x = renoise(run, latents, batch.generator)
+        again = batch._replace(noise=x, trained=[0], scale=batch.scale / DRAWS)
+        with vader.merged(run.model):
+            redone = vader.rollout(last, again)
+        values, g = vader.score(last, again, redone[-1])
+        change += walk_back(last, again, redone, g) / DRAWS
+        if found is not None:
+            found.append(values["reward"])
+    return change
 
 
 def redraw_update(run, prompts, step, optimizer) -> dict:
-    """DRaFT-LV (Clark et al. 2023, sec. 4.2): DRAWS times, noise the clean video anew and redo the last step.
-
-    As `vader.update`, where each draw has the reward's gradient of its own clean video.
-    """
-    cfg, model, schedule = run.cfg, run.model, run.schedule
-    chosen = vader.batch_prompts(prompts, cfg, step)
-    generator = vader.generator_for(cfg.seed, step, "redraw")
-    noise = torch.randn(len(chosen), *model.latent_shape(cfg), generator=generator).to(model.device)
-    cond, uncond = vader.collate(run.conds, chosen)
-    picks = vader.pick_frames(cfg, run.terms, generator, model.time)
-    with vader.merged(model):
-        latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
-    one_step = vader.Schedule(**{name: getattr(schedule, name)[-1:] for name in "tabcpqs"})
+    """As `vader.update` with `redraw` for `walk_back`, without the score that it would not use."""
+    chosen = vader.batch_prompts(prompts, run.cfg, step)
+    generator = vader.generator_for(run.cfg.seed, step, "redraw")
+    noise = torch.randn(len(chosen), *run.model.latent_shape(run.cfg), generator=generator)
+    picks = vader.pick_latent_frames(run, generator)
+    batch = vader.make_batch(run, chosen, noise.to(run.model.device), generator, picks)
+    with vader.merged(run.model):
+        latents = vader.rollout(run, batch)
     optimizer.zero_grad()
-    rewards = []
-    for _ in range(DRAWS):
-        x = renoise(schedule, latents, generator)
-        with vader.merged(model):
-            redone = vader.rollout(model, one_step, x, cond, uncond, cfg.guidance_scale)
-        found, g = vader.score(model, run.terms, redone[-1], chosen, picks)
-        vader.walk_back(model, one_step, redone, g / DRAWS, cond, uncond, [0], cfg)
-        rewards.append(found["reward"])
-    torch.nn.utils.clip_grad_norm_(list(vader.lora_parameters(model).values()), cfg.max_grad_norm)
+    found = []
+    redraw(run, batch, latents, found=found)
+    torch.nn.utils.clip_grad_norm_(list(vader.lora_parameters(run.model).values()), run.cfg.max_grad_norm)
     optimizer.step()
-    return {"reward": torch.cat(rewards).mean().item(), "queries": DRAWS * len(chosen)}
+    return {"reward": torch.cat(found).mean().item(), "queries": DRAWS * len(chosen)}
 
 
 COMMON = dict(lr=1e-3, batch_size=2)
@@ -84,9 +95,10 @@ def looks(settings: dict, lora: dict | None, samples: int) -> tuple[float, float
     if lora is None and key in BASE:
         return BASE[key]
     run, _, _, held_out, judge = efficiency.open_run(settings, "dynamic", 0)
-    with vader.swapped(run.model, lora):
-        motion = generalise.judge(judge, held_out)["dynamic"].mean()
-        found = motion, generalise.diversity(judge, held_out[0], samples)
+    texts = [prompt.text for prompt in held_out]
+    with generalise.with_lora(run.model, lora) if lora else contextlib.nullcontext():
+        motion = generalise.judge(judge, texts)["dynamic"].mean()
+        found = motion, generalise.diversity(judge, texts[0], samples)
     if lora is None:
         BASE[key] = found
     return found

@@ -16,6 +16,7 @@ what can be gained differs from prompt to prompt.
 """
 
 import argparse
+import contextlib
 import itertools
 import re
 import sys
@@ -28,7 +29,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import vader  # noqa: E402 (needs the line above)
-from rewards import IMAGENET_MEAN, IMAGENET_STD, make_terms, preprocess  # noqa: E402
+from rewards import IMAGENET_MEAN, IMAGENET_STD, evenly_spaced, make_terms, preprocess, weighted_rewards  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "generalise"
 HELD_OUT = ("purple", "kite")
@@ -55,15 +56,18 @@ def words_of(prompt: str) -> tuple[str, ...]:
     return re.fullmatch(r"a (\w+) (\w+) (rising|falling|drifting \w+) (.+)", prompt).groups()
 
 
+def shipped_prompts() -> list[str]:
+    return [prompt.text for prompt in vader.read_prompts(str(HERE.parent / "prompts.txt"))]
+
+
 def trained_prompts() -> list[str]:
     """The prompts of prompts.txt without a held-out word."""
-    known = vader.read_prompts(str(HERE.parent / "prompts.txt"))
-    return [prompt for prompt in known if not any(word in prompt for word in HELD_OUT)]
+    return [prompt for prompt in shipped_prompts() if not any(word in prompt for word in HELD_OUT)]
 
 
 def all_prompts(held_out: bool) -> list[str]:
     """Every combination of the words of prompts.txt with a held-out word, or without, in random order."""
-    columns = zip(*map(words_of, vader.read_prompts(str(HERE.parent / "prompts.txt"))), strict=True)
+    columns = zip(*map(words_of, shipped_prompts()), strict=True)
     every = ["a " + " ".join(words) for words in itertools.product(*map(sorted, map(set, columns)))]
     chosen = [prompt for prompt in every if any(word in prompt for word in HELD_OUT) == held_out]
     return np.random.default_rng(0).permutation(chosen).tolist()
@@ -89,7 +93,7 @@ def prompt_sets(videos: int) -> dict[str, list[str]]:
 def train(reward: str, seed: int, name: str, prompts: list[str]) -> Path:
     """Train on these prompts, unless that is done; the LoRA's folder."""
     out, file = RUNS / f"{reward}-{seed}-{name}", RUNS / f"{name}.txt"
-    vader.write_text(file, "\n".join(prompts))
+    vader.write_whole(file, "\n".join(prompts))
     settings = COMMON | SETTINGS[reward] | dict(reward=reward, seed=seed, out=str(out))
     rows = vader.read_metrics(out)
     if not rows or rows[-1]["step"] < settings["steps"]:
@@ -102,19 +106,30 @@ def load(lora: Path, prompts: list[str], judges=JUDGES):
     """A vader.Run with a trained LoRA and these judges."""
     cfg = vader.Config(lora=str(lora), reward=judges, mode="eval", batch_size=4, **COMMON)
     cfg, source, family = vader.resolve(cfg)
-    return vader.load_run(cfg, source, family, prompts)
+    return vader.load_run(cfg, source, family, [vader.Prompt(text) for text in prompts])
+
+
+@contextlib.contextmanager
+def with_lora(model, weights: dict):
+    """Inside, the LoRA has these weights, {name: tensor}; those that are not named stay."""
+    own = {name: p.detach().clone() for name, p in vader.lora_parameters(model).items()}
+    model.denoiser.load_state_dict(weights, strict=False)
+    try:
+        yield
+    finally:
+        model.denoiser.load_state_dict(own, strict=False)
 
 
 def scaled(run, scale: float):
     """Inside, the LoRA counts `scale` times."""
     weights = vader.lora_parameters(run.model)
-    return vader.swapped(run.model, {n: p.detach() * scale for n, p in weights.items() if "lora_B" in n})
+    return with_lora(run.model, {n: p.detach() * scale for n, p in weights.items() if "lora_B" in n})
 
 
 @torch.no_grad()
 def videos_of(run, prompts: list[str]):
     """A video per prompt, (B, F, 3, H, W); the same noise at every call."""
-    size = run.cfg.batch_size
+    size, prompts = run.cfg.batch_size, [vader.Prompt(text) for text in prompts]
     parts = [vader.make_videos(run, prompts[n : n + size], n) for n in range(0, len(prompts), size)]
     return torch.cat(parts)
 
@@ -123,7 +138,7 @@ def diversity(run, prompt: str, samples=64) -> float:
     """Mean distance between samples of one prompt in the features (mean of tokens) of action's VideoMAE."""
     (network,) = make_terms("action", "cpu", torch.float32, run.cfg.reward_weights)["action"][1].networks
     video = videos_of(run, [prompt] * samples)
-    clip = video[:, torch.linspace(0, video.shape[1] - 1, network.config.num_frames).round().long()]
+    clip = video[:, evenly_spaced(network.config.num_frames, video.shape[1])]
     with torch.no_grad():
         pixels = preprocess(clip, network.config.image_size, IMAGENET_MEAN, IMAGENET_STD)
         pixels = pixels.unflatten(0, clip.shape[:2])
@@ -133,7 +148,7 @@ def diversity(run, prompt: str, samples=64) -> float:
 
 def judge(run, prompts: list[str]) -> dict[str, np.ndarray]:
     """{judge: score of each prompt's video}."""
-    found = vader.compute_rewards(run.terms, videos_of(run, prompts), prompts, run.cfg.decode_chunk)
+    found = weighted_rewards(run.terms, videos_of(run, prompts), prompts, run.cfg.decode_chunk)
     return {name: found[name].numpy() for name in run.terms}
 
 
@@ -185,9 +200,9 @@ def how_many_prompts(reward: str, seed: int, videos: int, videos_held_out: int) 
             with scaled(run, 0.0):
                 base = scores(run)
         tuned = scores(run)
-        for asked, part in zip(PARTS, slices, strict=True):
+        for shown, part in zip(PARTS, slices, strict=True):
             gain, error = vader.paired_gain(base[part], tuned[part])
-            row = {"reward": reward, "prompts": asked, "trained on": f"{len(prompts)}, {name}", "seed": seed}
+            row = {"reward": reward, "prompts": shown, "trained on": f"{len(prompts)}, {name}", "seed": seed}
             numbers = dict(base=base[part].mean(), gain=gain, error=error)
             rows.append(row | {key: f"{value:.3f}" for key, value in numbers.items()})
             print(rows[-1], flush=True)

@@ -1,93 +1,300 @@
-"""Predict the peak memory of one update for every family at its native size and three rewards.
+"""Peak memory of one update by phase: predicted from config files alone, or measured on a GPU.
 
-    python bench/memory.py             # all rows, half an hour on one core; rows that are there are kept
-    python bench/memory.py wan svd     # these models' rows anew
-    python bench/memory.py --measure   # on a CUDA GPU, its memory capped at 16 GB: fills the last columns
+    python bench/memory.py --model svd --reward hps --vram 16    # exit code 1 when it does not fit
+    python bench/memory.py                                       # memory.csv: the rows that are not there yet
+    python bench/memory.py --measure                             # on a CUDA GPU, its memory capped at 16 GB
 
-Writes bench/memory.csv: gigabytes by phase (`vader.predict`), for hps also with --offload. --measure makes
-the same updates with weights as PyTorch initialises them, and has never been run on a GPU yet.
+Takes the flags of vader.py. No weights, no GPU and, for the models in configs/, no network: others, a model
+or reward that you have just added too, only fetch their config files. Networks are built without content, and
+a whole update runs on them: what is counted is what PyTorch's allocator is asked for, less what waits on the
+host; not its rounding, nor CUDA's own. memory.csv: gigabytes by phase, at the models' own sizes. --measure
+makes the same updates with weights as PyTorch initialises them; never run on a GPU yet.
 """
 
 import argparse
+import contextlib
 import csv
 import dataclasses
+import gc
 import itertools
+import json
 import sys
+import weakref
 from pathlib import Path
 from unittest import mock
 
+import diffusers
 import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import vader  # noqa: E402 (needs the line above)
+import rewards  # noqa: E402 (needs the line above)
+import vader  # noqa: E402
 
+CONFIGS, TABLE = HERE.parent / "configs", HERE / "memory.csv"
 MODELS = ("modelscope", "zeroscope", "animatediff", "svd", "cogvideox", "ltx", "wan")
-UNMEASURED = "not measured yet"
+ROWS = [("hps", False), ("hps", True), ("aesthetic", False), ("vjepa", False)]
+MORE = [("clip", False), ("pickscore", False), ("remove:book", False), ("action:archery", False)]
 
 
-def config(model: str, reward: str, offload: bool) -> vader.Config:
-    frames = 16 if reward == "vjepa" and model != "svd" else None
-    return vader.Config(model=model, reward=reward, offload=offload, decode_frames=frames)
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of all storages alive that were made inside, and their peak.
 
-
-def predict(model: str, reward: str, offload: bool) -> dict:
-    """One row: the phases' peaks in GB."""
-    found = vader.predict(config(model, reward, offload))
-    row = {"model": model, "reward": reward, "offload": "yes" if offload else "no"}
-    row |= {name: f"{size:.2f}" for name, size in found.items()}
-    row["peak"] = f"{max(found.values()):.2f}"
-    return row | {"measured peak": UNMEASURED, "seconds per update": UNMEASURED}
-
-
-def measure(model: str, reward: str, offload: bool, device="cuda", updates=3) -> dict:
-    """The last columns of a row: peak of reserved GPU memory in GB, seconds of the fastest update.
-
-    Networks come from configs, as in the prediction, but with content and on the device.
+    Under FakeTensorMode tensors have no content; but draws from a generator, whole numbers, and what is
+    computed from these alone have, since masks and indices decide what comes next.
     """
-    cfg, source, family, prompts = vader.resolve_plan(config(model, reward, offload))
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+
+    def free(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        whole = isinstance(kwargs.get("dtype"), torch.dtype) and not kwargs["dtype"].is_floating_point
+        content = whole or "generator" in kwargs or func.__name__.startswith(("arange", "randperm"))
+        if any(isinstance(tensor, FakeTensor) for tensor in given) or not (given or content):
+            result = func(*args, **kwargs)
+        else:
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+@contextlib.contextmanager
+def without_weights(memory: LiveStorages | None = None):
+    """Inside, what loads weights makes networks from their config files instead, and any tokenizer will do.
+
+    Replaced are the libraries' functions that read weights, and two that all rewards share: `fetch`, as there
+    are no weight files, and `frozen`, which checkpoints on a GPU only. memory: counts; tensors are empty.
+    """
+    fetch, frozen, words = rewards.fetch, rewards.frozen, {"<pad>": 0, "</s>": 1, "?": 2}
+
+    def network(cls, folder, subfolder=None, dtype=None, torch_dtype=None, **_):
+        before, peak = torch.get_default_dtype(), memory.peak if memory else 0
+        torch.set_default_dtype(dtype or torch_dtype or torch.float32)
+        try:
+            if issubclass(cls, diffusers.ModelMixin):
+                return cls.from_config(cls.load_config(folder, subfolder=subfolder)).eval()
+            config = cls.config_class.from_pretrained(folder, subfolder=subfolder or "")
+            made = cls._from_config(config, dtype=torch.get_default_dtype())
+            made.tie_weights()
+            if memory:  # the library makes tied weights once
+                gc.collect()
+                memory.peak = max(peak, memory.now)
+            return made.eval()
+        finally:
+            torch.set_default_dtype(before)
+
+    def tokenizer(cls, folder, **_):
+        file = Path(folder).parent / "text_encoder" / "config.json"
+        longest = json.loads(file.read_text()).get("max_position_embeddings", 512) if file.exists() else 77
+        special = dict(pad_token="<pad>", eos_token="</s>", unk_token="?", model_max_length=longest)
+        special["tokenizer_object"] = Tokenizer(WordLevel(words, unk_token="?"))
+        return transformers.PreTrainedTokenizerFast(**special)
+
+    def found(source, name, flag):
+        return fetch(source, name, flag) if name.endswith(".json") else Path(source) / name
+
+    def to(self, *args, **kwargs):
+        # tensors without content can't be exchanged in place, as Module.to does; of devices there is just one
+        dtype = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.dtype)), None)
+        for module in self.modules():
+            for table in (module._parameters, module._buffers):
+                for name, old in table.items():
+                    if dtype and old is not None and old.is_floating_point() and old.dtype != dtype:
+                        new = old.detach().to(dtype)
+                        kept = isinstance(old, torch.nn.Parameter)
+                        table[name] = torch.nn.Parameter(new, old.requires_grad) if kept else new
+        return self
+
+    def as_on_a_gpu(network, device, dtype, blocks=()):
+        if memory:
+            rewards.checkpoint_blocks(network, blocks)
+        return frozen(network, device, dtype)
+
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (diffusers.ModelMixin, "from_pretrained", classmethod(network)),
+            (transformers.PreTrainedModel, "from_pretrained", classmethod(network)),
+            (transformers.PreTrainedModel, "init_weights", lambda self: None),
+            (transformers.PreTrainedTokenizerBase, "from_pretrained", classmethod(tokenizer)),
+            (torch, "load", lambda *_, **__: {"state_dict": {}}),
+            (torch.nn.Module, "load_state_dict", lambda *_, **__: None),
+            *([(torch.nn.Module, "to", to)] if memory else []),
+            (rewards, "fetch", found),
+            (rewards, "frozen", as_on_a_gpu),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        yield
+
+
+def resolve(cfg: vader.Config) -> tuple[vader.Config, str, type, list[vader.Prompt]]:
+    """As `vader.resolve`, in bf16 (or --dtype), from configs/ where it has them; and a batch of prompts."""
+    model = "modelscope" if cfg.model == "auto" else cfg.model
+    known = dict(device="cpu", checkpointing=True, dtype="bf16" if cfg.dtype == "auto" else cfg.dtype)
+    if (CONFIGS / model).is_dir():
+        _, _, preset = vader.find_model(model)
+        known |= {name: value for name, value in preset.items() if getattr(cfg, name, "") is None}
+        model = str(CONFIGS / model)
+    cfg, source, family = vader.resolve(dataclasses.replace(cfg, model=model, **known))
+    image = str(HERE.parent / "tiny" / "photo-cat.jpg") if family.images == "must" else None
+    return cfg, source, family, [vader.Prompt(f"archery {n}", image) for n in range(cfg.batch_size)]
+
+
+def make_terms(cfg: vader.Config, device) -> dict:
+    """The rewards, from configs/rewards where it has them."""
+    terms = {}
+    for _, name, arg in rewards.parse(cfg.reward):
+        folder = CONFIGS / "rewards" / name
+        weights = cfg.reward_weights or (str(folder.parent) if folder.is_dir() else None)
+        spec = name if arg is None else f"{name}:{arg}"
+        terms |= rewards.make_terms(spec, device, vader.DTYPES[cfg.dtype], weights)
+    return terms
+
+
+def predict(cfg: vader.Config) -> dict[str, float]:
+    """The peak of each phase of one update in GB: {phase: GB}. Raises BadInput."""
+    cfg, source, family, prompts = resolve(cfg)
+    cfg = dataclasses.replace(cfg, num_inference_steps=1, backprop_steps=1)
+    schedule = vader.Schedule(torch.ones(1), [1.0], [1.0], [1.0], [0.0])  # one step is as large as any
+    found, idle = {}, 0  # idle: bytes that wait on the host
+
+    def phase(name, *waiting):
+        """It is over; in the next one these networks wait on the host."""
+        nonlocal idle
+        gc.collect()
+        found[name] = (memory.peak - idle) / 1e9
+        idle = sum(p.nbytes for p in {p for part in waiting for p in part.parameters()})
+        memory.peak = memory.now
+
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveStorages() as memory, without_weights(memory):
+        model = family(source, "cpu", vader.DTYPES[cfg.dtype])
+        run = vader.Run(cfg, model, schedule, make_terms(cfg, "cpu"), {})
+        networks = [n for _, reward in run.terms.values() for n in getattr(reward, "networks", ())]
+        phase("rewards", *networks)
+        run.conds = model.encode([*prompts, vader.Prompt("")], cfg)
+        phase("encoding prompts", *networks)
+        model.load()
+        vader.add_lora(model, cfg)
+        model.recompute()
+        optimizer = vader.make_optimizer(run)
+        scoring = [model.vae, *networks] if cfg.offload else []
+        denoiser = [model.denoiser] if cfg.offload else []
+        phase("loading", *scoring)
+        generator = vader.generator_for(0)
+        noise = torch.randn(len(prompts), *model.latent_shape(cfg))
+        picks = vader.pick_latent_frames(run, generator)
+        batch = vader.make_batch(run, prompts, noise, generator, picks, trained=[0])
+        found["all weights"] = (memory.now - idle) / 1e9
+        latents = vader.rollout(run, batch)
+        phase("rollout", *denoiser)
+        n, frames = len(picks), latents[-1].shape[2]
+        # which frames need most depends on the VAE
+        for chosen in {tuple(picks), tuple(range(n)), tuple(range(frames - n, frames))}:
+            g = None
+            _, g = vader.score(run, batch._replace(picks=list(chosen)), latents[-1])
+        phase("score", *scoring)
+        vader.walk_back(run, batch, latents, g)
+        phase("walk back", *scoring)
+        optimizer.step()
+        phase("optimiser")
+    del found["rewards"]  # part of loading
+    return found
+
+
+def measure(cfg: vader.Config, device="cuda", updates=3) -> dict:
+    """Peak of reserved GPU memory in GB and seconds of the fastest update, with weights as initialised."""
+    cfg, source, family, prompts = resolve(cfg)
     cfg = dataclasses.replace(cfg, device=device)
-    move, frozen = torch.nn.Module.to, vader.rewards.frozen
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with (
-        vader.without_weights(),
-        mock.patch.object(torch.nn.Module, "to", move),
-        mock.patch.object(vader.rewards, "frozen", frozen),
-    ):
-        run = vader.load_run(cfg, source, family, prompts)
-        optimizer = vader.make_optimizer(cfg, list(vader.lora_parameters(run.model).values()))
-        scaler = torch.amp.GradScaler(device, enabled=False)
-        rows = [vader.update(run, prompts, step, 0, 1, optimizer, scaler) for step in range(updates)]
-    peak = torch.cuda.max_memory_reserved() / 1e9
-    seconds = min(row["seconds"] for row in rows)
+    with without_weights():
+        terms = make_terms(cfg, device)
+        with mock.patch.object(rewards, "make_terms", lambda *_: terms):
+            run = vader.load_run(cfg, source, family, prompts)
+        optimizer = vader.make_optimizer(run)
+        rows = [vader.update(run, prompts, step, optimizer) for step in range(updates)]
+    peak, seconds = torch.cuda.max_memory_reserved() / 1e9, min(row["seconds"] for row in rows)
     return {"measured peak": f"{peak:.2f}", "seconds per update": f"{seconds:.1f}"}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("models", nargs="*", metavar="model", help=", ".join(MODELS))
-    parser.add_argument("--measure", action="store_true", help="on a CUDA GPU")
-    args = parser.parse_args()
-    if args.measure:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 16e9 / total))
-    file = HERE / "memory.csv"
-    with open(file, newline="") if file.exists() else open("/dev/null") as stored:
-        rows = {(row["model"], row["reward"], row["offload"]): row for row in csv.DictReader(stored)}
-    settings = [("hps", False), ("hps", True), ("aesthetic", False), ("vjepa", False)]
-    for (reward, offload), model in itertools.product(settings, args.models or MODELS):
+def write_table(measured: bool):
+    """memory.csv: predict what is missing, or measure every row."""
+    rows = {}
+    if TABLE.exists():
+        with open(TABLE, newline="") as stored:
+            rows = {(row["model"], row["reward"], row["offload"]): row for row in csv.DictReader(stored)}
+    for model, (reward, offload) in [*itertools.product(MODELS, ROWS), *itertools.product(MODELS[:1], MORE)]:
         key = model, reward, "yes" if offload else "no"
-        if args.measure:
-            rows[key] |= measure(model, reward, offload)
-        elif key not in rows or args.models:
-            rows[key] = predict(model, reward, offload)
+        frames = 16 if reward == "vjepa" and model != "svd" else None
+        cfg = vader.Config(model=model, reward=reward, offload=offload, decode_frames=frames)
+        if key not in rows:
+            found = predict(cfg)
+            rows[key] = dict(zip(("model", "reward", "offload"), key, strict=True))
+            found["peak"] = max(found.values())
+            rows[key] |= {name: f"{size:.2f}" for name, size in found.items()}
+            rows[key] |= dict.fromkeys(["measured peak", "seconds per update"], "not measured yet")
+        if measured:
+            rows[key] |= measure(cfg)
         print(rows[key], flush=True)
-        with open(file, "w", newline="") as target:
+        with open(TABLE, "w", newline="") as target:
             table = csv.DictWriter(target, rows[key])
             table.writeheader()
             table.writerows(rows.values())
 
 
+def main(argv=None) -> int:
+    """Exit code 0; 1 when the prediction is more than --vram; 2 after a line of bad input."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--vram", type=float, help="gigabytes there are")
+    parser.add_argument("--measure", action="store_true", help="on a CUDA GPU")
+    args, flags = parser.parse_known_args(argv)
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    if args.measure:
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 16e9 / total))
+    if not flags:
+        write_table(args.measure)
+        return 0
+    try:
+        cfg = vader.parse_args(flags)
+        found = predict(cfg)
+    except vader.BadInput as error:
+        print(f"memory.py: error: {error}", file=sys.stderr)
+        return 2
+    for name, size in found.items():
+        print(f"{name:18}{size:6.2f} GB")
+    peak = max(found.values())
+    print(f"{'peak':18}{peak:6.2f} GB predicted; CUDA itself takes about 0.5 more")
+    if args.measure:
+        print(measure(cfg))
+    if not args.vram or peak <= args.vram:
+        return 0
+    first = "" if cfg.offload else "add --offload, then "
+    print(
+        f"more than {args.vram:g}: {first}lower --batch_size, --num_frames, --height and --width, --lora_rank"
+    )
+    return 1
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,52 +15,52 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from memory import LiveStorages
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import vader  # noqa: E402 (needs the line above)
 
 
-def one_graph(model, schedule, cfg, terms, prompts, noise, cond, uncond, picks, K: int, coupled=True):
-    """Add the loss's LoRA gradients by plain autograd through the last K steps.
+def one_graph(run, batch):
+    """Add the loss's LoRA gradients by plain autograd through batch.trained, the last steps.
 
-    noise: (B, C, F, H, W); coupled: through the steps' inputs too. cfg.detach_uncond is followed.
+    With run.cfg.coupling 1 also through the steps' inputs, else not; run.cfg.detach_uncond is followed.
     """
-    x, w = schedule.start * noise, model.guidance(cfg.guidance_scale, noise.shape[2])
-    both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
-    for i in range(len(schedule)):
-        with torch.set_grad_enabled(i >= len(schedule) - K):
-            seen = x if coupled else x.detach()
-            scaled = float(schedule.c[i]) * torch.cat([seen, seen])
-            f_uncond, f_cond = model.denoise(scaled, schedule.t[i], both).chunk(2)
+    cfg, model, schedule = run.cfg, run.model, run.schedule
+    x, w = schedule.start * batch.noise, model.guidance(cfg.guidance_scale, batch.noise.shape[2])
+    both = {name: torch.cat([batch.uncond[name], batch.cond[name]]) for name in batch.cond}
+    for i, t in enumerate(schedule.t):
+        with torch.set_grad_enabled(i >= min(batch.trained)):
+            seen = x if cfg.coupling == 1 else x.detach()
+            f_uncond, f_cond = model.denoise(schedule.c[i] * torch.cat([seen, seen]), t, both).chunk(2)
             f_uncond = f_uncond.detach() if cfg.detach_uncond else f_uncond
-            x = float(schedule.a[i]) * x + float(schedule.b[i]) * (f_uncond + w * (f_cond - f_uncond))
-    video = model.decode(x, picks)
-    (-sum(weight * reward(video, prompts) for weight, reward in terms.values()).mean()).backward()
+            x = schedule.a[i] * x + schedule.b[i] * (f_uncond + w * (f_cond - f_uncond))
+    video, texts = model.decode(x, batch.picks), [prompt.text for prompt in batch.prompts]
+    (-sum(weight * reward(video, texts) for weight, reward in run.terms.values()).mean()).backward()
 
 
-def cut(model, schedule, cfg, terms, prompts, noise, cond, uncond, picks, K: int):
+def cut(run, batch):
     """The same by the trainer's rollout, score and walk back."""
-    with vader.merged(model):
-        latents = vader.rollout(model, schedule, noise, cond, uncond, cfg.guidance_scale)
-    _, g = vader.score(model, terms, latents[-1], prompts, picks)
-    trained = list(range(len(schedule) - K, len(schedule)))
-    vader.walk_back(model, schedule, latents, g, cond, uncond, trained, cfg)
+    with vader.merged(run.model):
+        latents = vader.rollout(run, batch)
+    _, g = vader.score(run, batch, latents[-1])
+    vader.walk_back(run, batch, latents, g)
 
 
-def gradient(way, model, *given):
+def gradient(way, run, batch):
     """The LoRA's gradient of a way as one vector, the way's peak in MB, and its seconds."""
-    parameters = list(vader.lora_parameters(model).values())
+    parameters = list(vader.lora_parameters(run.model).values())
     for p in parameters:
         p.grad = None
     start = time.perf_counter()
-    way(model, *given)
+    way(run, batch)
     seconds = time.perf_counter() - start
     vector = torch.cat([p.grad.flatten().double() for p in parameters])
     for p in parameters:
         p.grad = None
-    with vader.LiveStorages() as memory:
-        way(model, *given)
+    with LiveStorages() as memory:
+        way(run, batch)
     return vector, memory.peak / 1e6, seconds
 
 
@@ -74,13 +74,13 @@ def compare(cfg, steps: tuple[int, ...], pairs: int) -> list[dict]:
         run.model
     ).items():  # away from its start, where half has no gradient
         p.data.normal_(std=0.05 if "lora_B" in name else 0.2)
-    noise = torch.randn(
-        len(prompts), *run.model.latent_shape(cfg), generator=vader.generator_for("reference")
-    )
-    given = run.model, run.schedule, cfg, run.terms, prompts, noise, *vader.collate(run.conds, prompts), [0]
+    generator, T = vader.generator_for("reference"), cfg.num_inference_steps
+    noise = torch.randn(len(prompts), *run.model.latent_shape(cfg), generator=generator)
+    batch = vader.make_batch(run, prompts, noise, generator, picks=[0])
+    batches = {K: batch._replace(trained=list(range(T - K, T))) for K in steps}
     rows = []
-    for K in steps:
-        found = [[gradient(way, *given, K) for way in (one_graph, cut)] for _ in range(pairs)]
+    for K, batch in batches.items():
+        found = [[gradient(way, run, batch) for way in (one_graph, cut)] for _ in range(pairs)]
         (one, one_peak, _), (ours, our_peak, _) = found[0]
         ratios = [pair[1][2] / pair[0][2] for pair in found]
         row = {"K": K, "gradient difference": f"{(ours - one).norm() / one.norm():.1e}"}
@@ -90,7 +90,7 @@ def compare(cfg, steps: tuple[int, ...], pairs: int) -> list[dict]:
         print(rows[-1], flush=True)
     run.model.recompute()
     for row in rows:
-        _, peak, _ = gradient(cut, *given, row["K"])
+        _, peak, _ = gradient(cut, run, batches[row["K"]])
         row["cut and checkpointed MB"] = f"{peak:.1f}"
     return rows
 
