@@ -564,7 +564,7 @@ def progress(out, reached):
 
 
 def test_a_run_can_die_at_any_write(settings, tmp_path, monkeypatch):
-    """In the middle of it: half of the row is written, or the file is not yet in its place."""
+    """In the middle of it: a part of the row is written, or of the file that is not yet in its place."""
     cfg = replace(settings, eval_every=1, eval_videos=1, num_inference_steps=1, resume=True)
     whole = replace(cfg, out=str(tmp_path / "whole"))
     out, rows, move, append, reached = Path(cfg.out), vader.train(whole), os.replace, vader.append_metrics, 0
@@ -572,6 +572,7 @@ def test_a_run_can_die_at_any_write(settings, tmp_path, monkeypatch):
 
     def move_or_die(source, target):
         if Path(target).name == fatal:
+            Path(source).write_bytes(Path(source).read_bytes()[:20])
             raise Killed
         move(source, target)
 

@@ -614,9 +614,7 @@ def write_whole(path: Path, content: str | bytes):
 
 
 def save_lora(model, folder: Path):
-    """Write the LoRA for `PeftModel.from_pretrained(pipe.unet, folder)`, and `pipe.load_lora_weights(folder)`
-    where the stock pipeline has one.
-    """
+    """Write the LoRA for `PeftModel.from_pretrained`, and for stock `load_lora_weights` where it works."""
     staging = folder.with_name("tmp-lora")
     model.denoiser.save_pretrained(staging, save_embedding_layers=False)
     if model.lora_pipeline:
@@ -672,12 +670,13 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
     add_lora(model, cfg)
     if cfg.checkpointing:
         model.recompute()
+    say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
     if cfg.reward_weights == TOY:
-        print("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
+        say("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
     if not PAGE.exists():
-        print("there is no page.html beside vader.py, so there will be no page")
+        say("there is no page.html beside vader.py, so there will be no page")
     size = sum(p.numel() for p in lora_parameters(model).values()) / 1e6
-    print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {size:.2f} M LoRA weights, {cfg.reward}, {cfg.out}")
+    say(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {size:.2f} M LoRA weights, {cfg.reward}, {cfg.out}")
     return run
 
 
@@ -850,42 +849,42 @@ def train(cfg: Config, reward=None) -> list[dict]:
         # rows after the checkpoint will be made again
         rows = [json.dumps(row) + "\n" for row in read_metrics(out) if row["step"] <= first]
         write_whole(out / "metrics.jsonl", "".join(rows))
-    leverage = {i: round(run.schedule.leverage(i), 3) for i in trained_steps(run, generator_for(cfg.seed))}
-    print(f"leverage of the steps that train (the video hardly moves where it is under 0.05): {leverage}")
+        steps = trained_steps(run, generator_for(cfg.seed))
+        leverage = {i: round(run.schedule.leverage(i), 3) for i in steps}
+        print(f"leverage of the steps that train (the video hardly moves where it is under 0.05): {leverage}")
     evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
 
-    bar = tqdm(total=cfg.steps, initial=first, desc="train", disable=not main_rank)
-    for step in range(first, cfg.steps + 1):
-        # evaluate: before the first update, every eval_every, after the last
-        if main_rank and (step % cfg.eval_every == 0 or step == cfg.steps) and step not in evaluated:
-            with contextlib.nullcontext() if step else model.denoiser.disable_adapter():
-                evaluated[step] = evaluate(run, eval_prompts, f"samples/step_{step:06d}")
-            append_metrics(out, {"step": step, "eval": evaluated[step]})
-            write_page(cfg, read_metrics(out))
-            change = summary(evaluated[0]["reward"], evaluated[step]["reward"])
-            bar.write(f"update {step}: held-out reward {change}")
-        if step == cfg.steps:
-            break
+    with tqdm(total=cfg.steps, initial=first, desc="train", disable=not main_rank) as bar:
+        for step in range(first, cfg.steps + 1):
+            # evaluate: before the first update, every eval_every, after the last
+            if main_rank and (step % cfg.eval_every == 0 or step == cfg.steps) and step not in evaluated:
+                with contextlib.nullcontext() if step else model.denoiser.disable_adapter():
+                    evaluated[step] = evaluate(run, eval_prompts, f"samples/step_{step:06d}")
+                append_metrics(out, {"step": step, "eval": evaluated[step]})
+                write_page(cfg, read_metrics(out))
+                change = summary(evaluated[0]["reward"], evaluated[step]["reward"])
+                bar.write(f"update {step}: held-out reward {change}")
+            if step == cfg.steps:
+                break
 
-        row = update(run, prompts, step, optimizer, scaler, rank, world)
-        finite = math.isfinite(row["grad_norm"])
-        in_a_row, skipped = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
-        if in_a_row == 10:
-            prompt = batch_prompts(prompts, cfg, ((step + 1) * cfg.grad_accum - 1) * world + rank)[0].text
-            where = f"update {step + 1}, prompt {prompt!r}, seed {cfg.seed}"
-            raise FloatingPointError(f"ten gradients in a row not finite, at {where}; lower --lr")
-        if main_rank:
-            append_metrics(out, row | {"skipped": skipped})
-            save_lora(model, out / "lora")
-            state = dict(step=step + 1, skipped=skipped, scaler=scaler.state_dict())
-            state["lora"] = {name: p.detach() for name, p in lora_parameters(model).items()}
-            state["optimizer"] = optimizer.state_dict()
-            torch.save(state, file := io.BytesIO())
-            write_whole(out / "checkpoint" / "state.pt", file.getvalue())
-        shown = ("reward", "grad_norm", "seconds", "offload_seconds", "memory_gb")
-        bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row}, refresh=False)
-        bar.update()
-    bar.close()
+            row = update(run, prompts, step, optimizer, scaler, rank, world)
+            finite = math.isfinite(row["grad_norm"])
+            in_a_row, skipped = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
+            if in_a_row == 10:
+                prompt = batch_prompts(prompts, cfg, ((step + 1) * cfg.grad_accum - 1) * world + rank)[0].text
+                where = f"update {step + 1}, prompt {prompt!r}, seed {cfg.seed}"
+                raise FloatingPointError(f"ten gradients in a row not finite, at {where}; lower --lr")
+            if main_rank:
+                append_metrics(out, row | {"skipped": skipped})
+                save_lora(model, out / "lora")
+                state = dict(step=step + 1, skipped=skipped, scaler=scaler.state_dict())
+                state["lora"] = {name: p.detach() for name, p in lora_parameters(model).items()}
+                state["optimizer"] = optimizer.state_dict()
+                torch.save(state, file := io.BytesIO())
+                write_whole(out / "checkpoint" / "state.pt", file.getvalue())
+            shown = ("reward", "grad_norm", "seconds", "offload_seconds", "memory_gb")
+            bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row}, refresh=False)
+            bar.update()
     if main_rank:
         print(f"done: open {next(out.glob('index.html'), out)}; the LoRA is in {out / 'lora'}")
     if world > 1:

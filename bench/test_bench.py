@@ -105,6 +105,11 @@ def test_the_models_of_the_readme_have_their_predicted_peaks():
 # ---- Memory ------------------------------------------------------------------------------------------------
 
 
+def slow(*values):
+    """Parameters whose tests are slow."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
 def planned(capsys, *words):
     """Exit code and the printed gigabytes of memory.py."""
     code = memory.main(words)
@@ -131,7 +136,7 @@ def test_the_table_of_peaks_is_what_is_predicted(key):
     assert {name: f"{size:.2f}" for name, size in found.items()}.items() <= row.items()
 
 
-@pytest.mark.parametrize("name", ["wan", "svd", "animatediff", "cogvideox", "ltx"])
+@pytest.mark.parametrize("name", ["svd", *slow("wan", "animatediff", "cogvideox", "ltx")])
 def test_plan_follows_every_family(name, checkpoints):
     """On small checkpoints: their weights are counted, with 2 bytes each, 4 in the LoRA."""
     cfg = Config(model=str(checkpoints(name)), reward="colorful", num_frames=9, height=64, width=64)
@@ -146,12 +151,7 @@ def test_plan_follows_every_family(name, checkpoints):
     assert found["walk back"] > found["all weights"] and min(found.values()) > 0
 
 
-SLOW = [
-    pytest.param(name, marks=pytest.mark.slow) for name in ("remove:star", "action", "hps + 0.5*colorful")
-]
-
-
-@pytest.mark.parametrize("reward", ["vjepa", *SLOW])
+@pytest.mark.parametrize("reward", ["vjepa", *slow("remove:star", "action", "hps + 0.5*colorful")])
 def test_plan_follows_rewards_and_offloading(reward):
     size = dict(model="tiny", dtype="bf16", num_frames=2, guidance_scale=1)
     cfg = Config(reward=reward, reward_weights=TOY, **size)
@@ -372,7 +372,7 @@ def test_stills_show_a_row_per_evaluation(tmp_path, monkeypatch):
     np.testing.assert_allclose([picture[:128].mean(), picture[128:].mean()], shades, atol=0.03)
 
 
-@pytest.mark.parametrize("way", list(estimators.WAYS))
+@pytest.mark.parametrize("way", [list(estimators.WAYS)[-1], *slow(*list(estimators.WAYS)[:-1])])
 def test_every_estimator_runs(way, bench, monkeypatch):
     monkeypatch.setattr(estimators, "COMMON", bench | dict(batch_size=2, lr=1e-2))
     row = estimators.measure(way, "colorful", 0, seconds=0.01, samples=3)
