@@ -1,9 +1,4 @@
-"""Tests of vader.py and rewards.py, in the order of the code: python -m pytest -q
-
-Where a reference exists (diffusers' schedulers and pipeline, a formula, plain autograd, the official
-processor), the test is a comparison. They run on a small random model in ModelScope's layout, and on the
-repo's tiny model. Full-size networks and kills at random are marked slow: python -m pytest -q -m slow
-"""
+"""Tests of vader.py and rewards.py, in the order of the code, against a reference wherever there is one."""
 
 import dataclasses
 import functools
@@ -120,13 +115,10 @@ def bad_inputs(folder: Path):
         "reward in a sum": (["--reward", "colorful + 0.5*estetic"], "'aesthetic'"),
         "sum": (["--reward", "colorful + "], "can't read"),
         "model": (["--model", "modelscop"], "'modelscope'"),
-        "mode": (["--mode", "trane"], "invalid choice: 'trane'"),
-        "spacing": (["--timestep_spacing", "trail"], "invalid choice: 'trail'"),
-        "grad_steps": (["--grad_steps", "first"], "invalid choice: 'first'"),
+        **{f: ([f"--{f}", "x"], "invalid choice: 'x'") for f in ("mode", "timestep_spacing", "grad_steps")},
         "yes or no": (["--checkpointing", "maybe"], "--checkpointing"),
-        "range": (["--lr", "-1"], "--lr"),
-        "zero": (["--lr", "0"], "--lr"),
-        "nan": (["--lr", "nan"], "--lr"),
+        **{f"lr {value}": (["--lr", value], "--lr") for value in ("-1", "0", "nan", "inf", "1e30")},
+        "seed": (["--seed", "1" * 20], "--seed"),
         "not a number": (["--steps", "many"], "--steps"),
         "no GPU": (["--device", "cuda"], "no usable CUDA GPU"),
         "K > T": (["--backprop_steps", "11"], "only 10 denoising steps"),
@@ -418,10 +410,16 @@ def test_lora_is_float32_on_a_bf16_base(settings):
     assert torch.isfinite(found).all() and found.norm() > 0
 
 
-def test_a_lora_of_another_model_is_refused(loaded, tmp_path, capsys):
-    vader.save_lora(loaded.model, tmp_path / "lora")
-    assert vader.main(["--mode", "sample", "--model", "tiny", "--lora", str(tmp_path / "lora")]) == 2
+def test_a_lora_of_another_model_or_a_damaged_one_is_refused(loaded, tmp_path, capsys):
+    folder, model = tmp_path / "lora", loaded.model
+    vader.save_lora(model, folder)
+    assert vader.main(["--mode", "sample", "--model", "tiny", "--lora", str(folder)]) == 2
     assert "made for another model" in capsys.readouterr().err
+    weights = load_file(file := folder / "adapter_model.safetensors")
+    for damaged in (dict(list(weights.items())[1:]), {k: w / 0 for k, w in weights.items()}, {}):
+        save_file(damaged, file)
+        with pytest.raises(BadInput, match="damaged"):
+            vader.check_lora(folder, model.skeleton(model.source))
 
 
 # ---- 5. Rollout, score, walk back --------------------------------------------------------------------------

@@ -45,7 +45,8 @@ import torch
 import torch.distributed as dist
 import transformers
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import rewards
@@ -113,10 +114,9 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = arg("auto", "bf16 if the GPU can, else fp16; CPU fp32")
 
 
-# Lowest and highest value where that is not 1 and more (whole numbers), 0 and more (others).
-RANGES = dict(seed=(0, math.inf), num_inference_steps=(1, 1000), guidance_scale=(1, math.inf))
-RANGES |= dict(eta=(0, 1), coupling=(0, 1), reward_target=(-math.inf, math.inf))
-RANGES |= dict.fromkeys(["lr", "max_grad_norm"], (1e-12, math.inf))
+# Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
+RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
+RANGES |= dict(eta=(0, 1), coupling=(0, 1), reward_target=(-1e9, 1e9), max_grad_norm=(1e-12, 1e9))
 
 # Defaults that models share, see `presets` of their classes: those with published weights, those in tiny/.
 PUBLISHED = dict(steps=200, eval_every=50, lr=2e-4, batch_size=1, grad_accum=4, lora_rank=16)
@@ -142,7 +142,7 @@ def check_fields(cfg: Config):
         if get_origin(hint) is Literal:
             need(value in known, f"--{name} {value}: give one of {', '.join(known)}")
         elif value is not None and type(value) in (int, float):
-            low, high = RANGES.get(name, (0 if float in (hint, *known) else 1, math.inf))
+            low, high = RANGES.get(name, (0 if float in (hint, *known) else 1, 1e9))
             need(low <= value <= high, f"--{name} {value}: must be from {low:g} to {high:g}")
 
 
@@ -214,17 +214,19 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
 
 
 def check_lora(folder: str, skeleton: torch.nn.Module):
-    """Raises BadInput unless `folder` holds a PEFT LoRA whose every matrix fits a layer of the denoiser."""
+    """Raises BadInput unless `folder` holds a PEFT LoRA with all matrices for this denoiser, all finite."""
     weights = Path(folder) / "adapter_model.safetensors"
     found = weights.is_file() and (Path(folder) / "adapter_config.json").is_file()
     need(found, f"--lora {folder}: no adapter_config.json and {weights.name} there; give a run's lora folder")
-    layers = dict(skeleton.named_modules())
-    with safe_open(weights, "pt") as file:
-        for key in file.keys():  # noqa: SIM118 (not a dict)
-            path, _, matrix = key.removeprefix("base_model.model.").rpartition(".lora_")
-            side = 1 if matrix == "A.weight" else 0
-            fits = path in layers and layers[path].weight.shape[side] == file.get_slice(key).get_shape()[side]
-            need(fits, f"--lora {folder} was made for another model ({path} differs): give that --model")
+    try:
+        config = replace(peft.PeftConfig.from_pretrained(folder), base_model_name_or_path=None)
+        fits = peft.get_peft_model_state_dict(peft.get_peft_model(skeleton, config))
+        state = load_file(weights)
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise BadInput(f"--lora {folder} can't be read, or was made for another model: {error}") from None
+    good = {k for k, w in state.items() if k in fits and w.shape == fits[k].shape and w.isfinite().all()}
+    other = (fits.keys() | state.keys()) - good
+    need(not other, f"--lora {folder} was made for another model, or is damaged: {min(other, default='')}")
 
 
 # ---- 2. Prompts and randomness -----------------------------------------------------------------------------
@@ -548,8 +550,7 @@ def rollout(run: Run, batch: Batch) -> list:
 def score(run: Run, batch: Batch, x):
     """Reward the picked frames of clean latents x and pull the gradient back to x, chunk by chunk.
 
-    x: (B, C, F, H, W) float32. Returns the figures of `weighted_rewards`, and g like x: gradient of the loss,
-    minus the mean reward, scaled.
+    x: (B, C, F, H, W) float32. Returns the rewards' figures, and g like x: gradient of minus their mean.
     """
     cfg, picks = run.cfg, batch.picks
     pieces = [picks[i : i + cfg.decode_chunk] for i in range(0, len(picks), cfg.decode_chunk)]
