@@ -250,27 +250,27 @@ def read_prompts(path: str, images=False) -> list[Prompt]:
     Image paths are relative to the file. images: the model needs one each. Raises BadInput.
     """
     need(Path(path).is_file(), f"no prompt file {path}: give --prompts a text file, one prompt a line")
-    text, prompts = Path(path).read_text(encoding="utf-8", errors="replace"), []
+    kind, prompts = Path(path).suffix.lower(), []
+    need(kind in ("", ".txt", ".jsonl"), f"{path}: prompts are read from .txt and .jsonl files")
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     need(not {"\0", "\ufffd"} & set(text), f"{path} is not a text file: give one prompt a line, in UTF-8")
-    for number, line in enumerate(text.splitlines(), 1):
-        line = line.strip()
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
         if not line or line.startswith("#"):
             continue
-        if Path(path).suffix != ".jsonl":
+        if kind != ".jsonl":
             prompts.append(Prompt(line))
             continue
         try:
             row = json.loads(line)
-            prompts.append(Prompt(str(row["prompt"]), str(Path(path).parent / row["image"])))
+            prompts.append(Prompt(row["prompt"].strip(), str(Path(path).parent / row["image"])))
             read_image(prompts[-1].image, height=8, width=8)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             wanted = '{"prompt": "...", "image": "file.png"}'
             raise BadInput(f"{path}, line {number}: write {wanted}") from None
-        except OSError as error:
+        except (OSError, Image.DecompressionBombError) as error:
             raise BadInput(f"{path}, line {number}: can't read the image ({error})") from None
     need(prompts, f"{path} holds no prompts: write one a line")
-    given = not images or all(prompt.image for prompt in prompts)
-    need(given, f"{path}: this model starts from an image: give a .jsonl file, a prompt and an image a line")
+    need(all(p.image for p in prompts) or not images, f"{path}: this model starts from an image: use .jsonl")
     return prompts
 
 

@@ -30,7 +30,7 @@ from conftest import (
     python,
     small_text_encoder,
 )
-from vader import HERE, BadInput, Config
+from vader import HERE, BadInput, Config, Prompt
 
 # ---- Builders ----------------------------------------------------------------------------------------------
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -452,7 +452,11 @@ def test_modelscope_and_the_published_aesthetic_files_end_to_end(settings, small
 def test_bad_image_prompts_are_one_line(tmp_path):
     path = tmp_path / "prompts.jsonl"
     (tmp_path / "broken.png").write_text("no picture")
+    Image.new("1", (14000, 13000)).save(tmp_path / "bomb.png")
     for line, message in [
+        ('{"prompt": null, "image": "bomb.png"}', r"line 1: write \{"),
+        ('{"prompt": ["a"], "image": "bomb.png"}', r"line 1: write \{"),
+        ('{"prompt": "a", "image": "bomb.png"}', "line 1: can't read the image .*bomb"),
         ("a cat", r"line 1: write \{"),
         ('{"prompt": "a"}', r"line 1: write \{"),
         ('{"prompt": "a", "image": "none.png"}', "line 1: can't read the image .*none.png"),
@@ -464,6 +468,19 @@ def test_bad_image_prompts_are_one_line(tmp_path):
         assert "\n" not in str(problem.value)
     with pytest.raises(BadInput, match="starts from an image"):
         vader.read_prompts(str(HERE / "prompts.txt"), images=True)
+    (tmp_path / "prompts.CSV").write_text("prompt\na cat\n")
+    with pytest.raises(BadInput, match="read from .txt and .jsonl files"):
+        vader.read_prompts(str(tmp_path / "prompts.CSV"))
+
+
+def test_prompt_files_of_windows_and_odd_separators(tmp_path):
+    """A byte order mark is no part of the first line, and lines end at newlines only."""
+    (tmp_path / "a.txt").write_bytes("\ufeff# comment\r\na\u2028cat\r\n\r\na moon".encode())
+    assert vader.read_prompts(str(tmp_path / "a.txt")) == [Prompt("a\u2028cat"), Prompt("a moon")]
+    shutil.copy(HERE / "tiny" / "photo-cat.jpg", tmp_path)
+    row = json.dumps({"prompt": "", "image": "photo-cat.jpg"})
+    (tmp_path / "a.JSONL").write_bytes(f"\ufeff{row}".encode())
+    assert vader.read_prompts(str(tmp_path / "a.JSONL"), images=True)[0].text == ""
 
 
 def test_one_text_with_two_images_is_two_prompts(tmp_path):
