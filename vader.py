@@ -936,8 +936,8 @@ def main(argv: list[str] | None = None) -> int:
         cfg = parse_args(argv)
         (train if cfg.mode == "train" else apply_lora)(cfg)
         return 0
-    except BadInput as error:
-        print(f"vader.py: error: {error}", file=sys.stderr)
+    except (BadInput, OSError) as error:  # files of a model that are not there, a full disk
+        print(f"vader.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
         print(f"vader.py: stopped: {error}", file=sys.stderr)

@@ -490,3 +490,17 @@ def test_one_text_with_two_images_is_two_prompts(tmp_path):
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
     first, second = vader.read_prompts(str(tmp_path / "prompts.jsonl"))
     assert first.text == second.text == "a cat" and len({first, second}) == 2
+
+
+@pytest.mark.parametrize(
+    "gone", ["unet/diffusion_pytorch_model.safetensors", "vae/config.json", "text_encoder"]
+)
+def test_a_model_that_lacks_files_is_one_line(gone, small, settings, tmp_path, capsys):
+    shutil.copytree(small, tmp_path / "model")
+    if (tmp_path / "model" / gone).is_dir():
+        shutil.rmtree(tmp_path / "model" / gone)
+    else:
+        (tmp_path / "model" / gone).unlink()
+    assert vader.main(command(replace(settings, model=str(tmp_path / "model")))) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("vader.py: error: ") and "Traceback" not in said
