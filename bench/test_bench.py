@@ -151,7 +151,7 @@ def test_plan_follows_every_family(name, checkpoints):
     assert found["walk back"] > found["all weights"] and min(found.values()) > 0
 
 
-@pytest.mark.parametrize("reward", ["vjepa", *slow("remove:star", "action", "hps + 0.5*colorful")])
+@pytest.mark.parametrize("reward", ["vjepa", *slow("remove:star", "action:rising", "hps + 0.5*colorful")])
 def test_plan_follows_rewards_and_offloading(reward):
     size = dict(model="tiny", dtype="bf16", num_frames=2, guidance_scale=1)
     cfg = Config(reward=reward, reward_weights=TOY, **size)
