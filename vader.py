@@ -942,7 +942,7 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"vader.py: stopped: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("\nvader.py: stopped; the same command with --resume goes on", file=sys.stderr)
+        print("\nvader.py: stopped; a training run goes on with --resume added", file=sys.stderr)
     return 1
 
 
