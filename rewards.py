@@ -1,12 +1,12 @@
-"""Every reward, one shape: `make(device, dtype, weights, arg) -> reward`, `reward(frames, prompts) -> (B,)`.
+"""Every reward, one shape: `make(device, dtype, weights) -> reward`, `reward(frames, prompts) -> (B,)`.
 
     frames:  (B, N, 3, H, W) float32 in [0, 1]       prompts: list of B strings
     returns: (B,) float32, higher is better, one number per video, differentiable with respect to frames
 
 `reward.frames` says what it wants to see: 1 for an image reward (a mean over any frames), n for a clip of n
 evenly spaced frames, "all" for every frame. `weights` is None for the published weights, or a folder that
-holds one sub-folder per reward, in the same file formats. `arg` is what follows the colon in `--reward
-name:arg`; a `make` without that parameter takes none, and one without a default for it must be given one.
+holds one sub-folder per reward, in the same file formats. A `make` with a parameter `arg` gets what follows
+the colon in `--reward name:arg`; when that has no default, it must be given.
 Optional: `reward.report`, {name: (B,)} figures of the last call to log beside the reward;
 `reward.check(prompts)`, called once before training, which raises BadInput when it can't work with them;
 `reward.networks`, a list of modules, for `--offload` to move to host memory while no video is scored.
@@ -560,7 +560,7 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
         takes = inspect.signature(REWARDS[name]).parameters.get("arg")
         need(takes or not arg, f"{name} takes nothing after the colon: --reward {name}")
         lacks = takes and takes.default is inspect.Parameter.empty and not arg
-        need(not lacks, f"{name} must be told of what, after a colon, as in --reward {name}:book")
+        need(not lacks, f"{name} must be told of what, after a colon: --reward {name}:...")
         terms.append((float(weight or 1), name, arg))
     return terms
 

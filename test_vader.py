@@ -703,6 +703,8 @@ def test_a_non_finite_gradient_skips_its_update(settings):
     assert [row["skipped"] for row in rows] == [0, 1, 1]
     assert math.isnan(rows[1]["grad_norm"]) and rows[2]["grad_norm"] > 0
     assert all(torch.isfinite(value).all() for value in lora_of(settings.out).values())
+    with pytest.raises(BadInput, match="was started with --reward reward"):  # an own reward has its own name
+        vader.train(replace(cfg, resume=True), reward=light)
 
 
 def test_ten_non_finite_gradients_in_a_row_stop_the_run(settings, capsys, monkeypatch):

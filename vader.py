@@ -75,7 +75,7 @@ class Config:
     lora: str | None = arg(None, "folder of a trained LoRA: for sample and eval, or where train starts from")
     out: str | None = arg(None, "output folder; default runs/<reward>-<model>, runs/<mode>-<reward>-<model>")
     resume: bool = arg(False, "go on with the run in --out, with the same settings (how long may change)")
-    seed: int = arg(0, "the same seed gives bitwise the same run on a CPU")
+    seed: int = arg(0, "the same seed gives bitwise the same run on a CPU (and as many threads)")
     # the video and its sampler
     num_frames: int | None = arg(None, "frames of a video")
     height: int | None = arg(None, "pixels, a multiple of 8, 16 or 32, as the model's")
@@ -123,8 +123,8 @@ PUBLISHED = dict(steps=200, eval_every=50, lr=2e-4, batch_size=1, grad_accum=4, 
 TINY = dict(steps=50, eval_every=25, lr=1e-3, batch_size=2, grad_accum=1, lora_rank=8)
 TINY |= dict(num_inference_steps=10, height=64, width=64, reward_weights=TOY)
 
-# SWAP: your model. Write models/mine.py by imitating models/wan.py, and add its line here: file and class,
-# the names --model takes for it, and the pipelines (`_class_name` of model_index.json) that it can load.
+# SWAP: your model. Write models/mine.py by imitating models/wan.py, and add its line, "mine.Class": the names
+# for --model, keys of its `presets`, and the pipelines that it loads (`_class_name` of model_index.json).
 FAMILIES = {
     "vader.TextToVideoUNet": ("tiny", "modelscope", "zeroscope", "TextToVideoSDPipeline"),
     "animatediff.AnimateDiff": ("animatediff", "AnimateDiffPipeline", "StableDiffusionPipeline"),
@@ -138,11 +138,11 @@ FAMILIES = {
 def check_fields(cfg: Config):
     """Raises BadInput for a value that its field does not allow."""
     for name, hint in get_type_hints(Config).items():
-        value, known = getattr(cfg, name), get_args(hint)
+        value, options = getattr(cfg, name), get_args(hint)
         if get_origin(hint) is Literal:
-            need(value in known, f"--{name} {value}: give one of {', '.join(known)}")
+            need(value in options, f"--{name} {value}: give one of {', '.join(options)}")
         elif value is not None and type(value) in (int, float):
-            low, high = RANGES.get(name, (0 if float in (hint, *known) else 1, 1e9))
+            low, high = RANGES.get(name, (0 if float in (hint, *options) else 1, 1e9))
             need(low <= value <= high, f"--{name} {value}: must be from {low:g} to {high:g}")
 
 
@@ -157,22 +157,22 @@ def read_config(model: str, name: str) -> dict:
 @functools.cache
 def find_model(model: str) -> tuple[type, str, dict]:
     """The class of --model, where it loads from, and its defaults. Raises BadInput."""
-    known = {name: family for family, names in FAMILIES.items() for name in names}
-    pipelines, name = [name for name in known if name.endswith("Pipeline")], model
-    if model in pipelines or model not in known:
+    line_of = {name: line for line, names in FAMILIES.items() for name in names}
+    pipelines, name = [name for name in line_of if name.endswith("Pipeline")], model
+    if model in pipelines or model not in line_of:
         if not Path(model).is_dir() and "/" not in model:
-            near = difflib.get_close_matches(model, known.keys() - pipelines, n=1, cutoff=0)[0]
+            near = difflib.get_close_matches(model, line_of.keys() - pipelines, n=1, cutoff=0)[0]
             raise BadInput(f"unknown model {model!r}: did you mean {near!r}? Hub ids and folders will do too")
         name = read_config(model, "model_index.json").get("_class_name")
         need(name in pipelines, f"{model} is a {name}; there is code for: {', '.join(pipelines)}")
-    module, kind = known[name].split(".")
+    module, class_name = line_of[name].split(".")
     family = TextToVideoUNet
     if module != "vader":
         file = HERE / "models" / f"{module}.py"
         need(file.is_file(), f"{name} needs models/{file.name} beside vader.py: get it from the repository")
         # what `python vader.py` runs, or a pasted cell defines, is the `vader` that the file imports
         sys.modules.setdefault("vader", sys.modules[__name__])
-        family = runpy.run_path(str(file), run_name=f"models.{module}")[kind]  # some other `models` may exist
+        family = runpy.run_path(str(file), run_name=f"models.{module}")[class_name]
     preset = family.presets.get(model) or next(iter(family.presets.values())) | {"source": model}
     return family, preset["source"], preset
 
@@ -187,27 +187,27 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     family, source, preset = find_model(model)
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     # "remove:book + 0.5*hps" becomes the folder name remove-book-0.5-hps
-    label = getattr(reward, "__name__", "custom") if reward else cfg.reward
-    label = re.sub(r"[^\w.]+", "-", f"{label}-{Path(model).name if '/' in model else model}").strip("-")
+    name = getattr(reward, "__name__", "custom") if reward else cfg.reward
+    label = re.sub(r"[^\w.]+", "-", f"{name}-{Path(model).name if '/' in model else model}").strip("-")
     found = preset | dict(grad_steps=family.grad_steps, checkpointing=device == "cuda")
     found["lora_alpha"] = cfg.lora_rank or preset["lora_rank"]
     found["dtype"] = "fp32" if device == "cpu" else "bf16" if bf16 else "fp16"
     found["out"] = f"runs/{label}" if cfg.mode == "train" else f"runs/{cfg.mode}-{label}"
     given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto")}
-    found |= given | {"model": model, "device": device}
+    found |= given | {"model": model, "device": device, "reward": name}
     cfg = replace(cfg, **{name: found[name] for name in vars(cfg).keys() & found.keys()})
 
-    K, T, F, N = cfg.backprop_steps, cfg.num_inference_steps, cfg.num_frames, cfg.decode_frames or 1
+    K, T, frames, scored = cfg.backprop_steps, cfg.num_inference_steps, cfg.num_frames, cfg.decode_frames or 1
     need(K <= T, f"--backprop_steps {K}: there are only {T} denoising steps, use {T} or less")
-    need(N <= F, f"--decode_frames {N}: the video has only {F} frames")
+    need(scored <= frames, f"--decode_frames {scored}: the video has only {frames} frames")
     side, group = family.multiple, family.frame_multiple
     need(cfg.height % side == cfg.width % side == 0, f"--height and --width must be multiples of {side}")
-    need(F % group == 1 % group, f"--num_frames {F}: this model makes 1 more than a multiple of {group}")
+    need((frames - 1) % group == 0, f"--num_frames {frames}: must be 1 more than a multiple of {group}")
     need(cfg.eta == 0 or family.stochastic, "--eta adds noise in DDIM; this model has another sampler: eta 0")
     need(cfg.lora or cfg.mode == "train", f"--mode {cfg.mode} needs --lora: a training run's lora folder")
     if reward is None:
         rewards.parse(cfg.reward)
-    skeleton = family.skeleton(source)  # also says so if there is no code for it
+    skeleton = family.skeleton(source)  # raises when the checkpoint needs code that the family lacks
     if cfg.lora:
         check_lora(cfg.lora, skeleton)
     return cfg, source, family
@@ -325,8 +325,8 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
     """
     for name, value in vars(scheduler).items():
         if isinstance(value, torch.Tensor) and name != "timesteps":
-            setattr(scheduler, name, value.double())
-    # four columns: x alone, f alone, noise alone, and x or f in turn, so large that clipping shows
+            setattr(scheduler, name, value.double())  # its own float32 would round each step
+    # four columns: x alone, f alone, noise alone, x or f in turn and large: clips and memory of steps show
     x, f, noise = torch.eye(3, 4, dtype=torch.float64)[:, None, :, None, None]
     noisy, rows = dict(eta=eta, variance_noise=noise) if eta else {}, []
     rescale = getattr(scheduler, "scale_model_input", lambda x, t: x)
@@ -458,7 +458,7 @@ def lora_parameters(model) -> dict[str, torch.nn.Parameter]:
 
 @contextlib.contextmanager
 def merged(model):
-    """Inside, the LoRA is added into the base weights: an update is 8 to 12 % faster (bench/speed.py)."""
+    """Inside, the LoRA is in the base weights: 8 to 12 % faster (bench/speed.py). Not in half precision."""
     layers = [m for m in model.denoiser.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     own = [layer.base_layer.weight.detach().clone() for layer in layers]
     model.denoiser.merge_adapter()
@@ -506,7 +506,7 @@ def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trai
 
 
 def pick_latent_frames(run: Run, generator) -> list[int]:
-    """Latent frames to score: random ones, or those of an evenly spaced clip if a reward wants one."""
+    """Latent frames to score (number 0 holds one frame): random ones, or those of a clip if one is wanted."""
     frames, group = run.cfg.num_frames, run.model.frames_per_latent
     wants = [getattr(reward, "frames", 1) for _, reward in run.terms.values()]
     wanted = max((frames if n == "all" else n for n in wants), default=1)
@@ -550,7 +550,7 @@ def rollout(run: Run, batch: Batch) -> list:
 def score(run: Run, batch: Batch, x):
     """Reward the picked frames of clean latents x and pull the gradient back to x, chunk by chunk.
 
-    x: (B, C, F, H, W) float32. Returns the rewards' figures, and g like x: gradient of minus their mean.
+    x: (B, C, F, H, W) float32. Returns the rewards' figures, and g like x: of batch.scale x minus their mean.
     """
     cfg, picks = run.cfg, batch.picks
     pieces = [picks[i : i + cfg.decode_chunk] for i in range(0, len(picks), cfg.decode_chunk)]
@@ -581,16 +581,16 @@ def walk_back(run: Run, batch: Batch, latents, g) -> float:
     of output from the base model's (0 when cfg.kl_weight is 0).
     """
     cfg, model, schedule, change = run.cfg, run.model, run.schedule, 0.0
-    w, first = model.guidance(cfg.guidance_scale, g.shape[2]), min(batch.trained)
+    w, earliest = model.guidance(cfg.guidance_scale, g.shape[2]), min(batch.trained)
     branches = [(batch.cond, w), (batch.uncond, 1 - w)]
     if cfg.detach_uncond or cfg.guidance_scale == 1:
         branches = [(batch.cond, w)]
-    for i in range(len(schedule.t) - 1, first - 1, -1):
+    for i in range(len(schedule.t) - 1, earliest - 1, -1):
         a, b, c, t = schedule.a[i], schedule.b[i], schedule.c[i], schedule.t[i]
         if i not in batch.trained:
             g = a * g
             continue
-        x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > first)
+        x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)
         for cond, share in branches:
             f = model.denoise(c * x, t, cond)
             pull = share * b * g
@@ -643,7 +643,7 @@ def append_metrics(out: Path, row: dict):
 
 
 def open_run(cfg: Config) -> dict | None:
-    """The checkpoint to go on from, if there is one. Raises BadInput when --out holds something else."""
+    """The checkpoint to go on from, if there is one. Raises BadInput when --out is not for this run."""
     out, may_change = Path(cfg.out), ("resume", "steps", "eval_every")
     if cfg.mode != "train" or not (out / "config.json").exists():
         free = not out.exists() or all(file.name.startswith("tmp-") for file in out.glob("*"))
@@ -665,14 +665,14 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
         terms = rewards.make_terms(cfg.reward, *how, texts)
     model = family(source, cfg.device, DTYPES[cfg.dtype])
     run = Run(cfg, model, model.schedule(cfg), terms, {})
-    bring(run, denoiser=False, scoring=False)  # the text encoder can be the largest part of all
+    bring(run, denoiser=False, scoring=False)  # room for the text encoder, maybe the largest part of all
     run.conds = model.encode([*dict.fromkeys(prompts), Prompt("")], cfg)
     model.load()
     add_lora(model, cfg)
     if cfg.checkpointing:
         model.recompute()
     say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
-    if cfg.reward_weights == TOY:
+    if cfg.reward_weights == TOY and terms and not reward:
         say("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
     if not PAGE.exists():
         say("there is no page.html beside vader.py, so there will be no page")
@@ -682,7 +682,7 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
 
 
 def bring(run: Run, denoiser=False, scoring=False):
-    """Put the denoiser, or the VAE and the rewards, or both, on the device; what is idle on the host."""
+    """On the device: the denoiser? what scores (the VAE, the rewards)? All else waits in host memory."""
     start, parts = time.time(), [(run.model.denoiser, denoiser), (run.model.vae, scoring)]
     for _, reward in run.terms.values():
         parts += [(network, scoring) for network in getattr(reward, "networks", ())]
@@ -711,7 +711,7 @@ def make_videos(run: Run, prompts: list[Prompt], first=0):
     noise = torch.stack([torch.randn(model.latent_shape(cfg), generator=g) for g in draws]).to(model.device)
     latents = rollout(run, make_batch(run, prompts, noise, draws[0]))[-1]
     bring(run, denoiser=not cfg.offload, scoring=True)
-    # a VAE that compresses time decodes frame after frame by itself, and best in one go
+    # a VAE that compresses time needs what came before a frame, so it gets all, and goes through it by itself
     size = cfg.decode_chunk if model.frames_per_latent == 1 else latents.shape[2]
     chunks = torch.arange(latents.shape[2]).split(size)
     return torch.cat([model.decode(latents, picks.tolist()) for picks in chunks], dim=1)
@@ -818,7 +818,7 @@ def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None, r
 def train(cfg: Config, reward=None) -> list[dict]:
     """Fine-tune a LoRA on cfg.reward, or on your own function (frames, prompts) -> (B,); see rewards.py.
 
-    Returns the rows of metrics.jsonl. Raises BadInput, and FloatingPointError when no gradient is finite.
+    Returns the rows of metrics.jsonl. Raises BadInput, FloatingPointError after ten bad gradients in a row.
     """
     # settings, ranks, output folder
     cfg, source, family = resolve(cfg, reward)

@@ -47,7 +47,7 @@ class CogVideoX(TextToVideoUNet):
         return super().denoise(x.transpose(1, 2), t, cond).transpose(1, 2)
 
     def decode(self, latents, picks):
-        """As above; large frames in overlapping tiles, as after `pipe.vae.enable_tiling()`.
+        """As in vader.py; large frames in overlapping tiles, as after `pipe.vae.enable_tiling()`.
 
         Frames are exact; their gradient reaches the chunks of picked latent frames, not those before them.
         """

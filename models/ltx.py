@@ -88,7 +88,7 @@ class LTX(TextToVideoUNet):
         return f
 
     def decode(self, latents, picks):
-        """As above. This VAE looks both ways in time and is cheap: it decodes all for any picks."""
+        """As in vader.py. This VAE looks both ways in time and is cheap: it decodes all for any picks."""
         vae, timestep = self.vae, None
         mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
         hidden = latents * std / vae.config.scaling_factor + mean

@@ -76,7 +76,7 @@ class StableVideoDiffusion(TextToVideoUNet):
         return self.denoiser(x, t.to(self.device), **given, return_dict=False)[0].transpose(1, 2).float()
 
     def decode(self, latents, picks):
-        """As above. This VAE mixes neighbouring frames: those decoded together see each other, no others."""
+        """As in vader.py. This VAE mixes frames: those decoded together see each other, no others."""
         picked = latents[:, :, picks].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
         together = len(picks) if picks == list(range(picks[0], picks[0] + len(picks))) else 1
         pictures = self.vae.decode(picked.to(self.dtype), num_frames=together).sample.float()

@@ -42,7 +42,7 @@ class Wan(TextToVideoUNet):
         checkpoint_cached_blocks(self.vae)
 
     def decode(self, latents, picks):
-        """As above: the VAE's own decoding without its clamp, one latent frame after the other.
+        """As in vader.py: the VAE's own decoding without its clamp, one latent frame after the other.
 
         Frames are exact; their gradient reaches the picked latent frames, not those before them.
         """
