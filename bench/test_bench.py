@@ -45,7 +45,7 @@ def table(name: str) -> list[dict]:
 def cells_of(readme: Path) -> list[list[str]]:
     """The tables of a README: a list of cells for each line."""
     lines = readme.read_text(encoding="utf-8").splitlines()
-    return [[cell.strip(" `*") for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    return [[cell.strip(" `*") for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
 
 
 def test_the_tables_of_the_results_are_the_measured_ones():
