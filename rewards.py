@@ -4,8 +4,8 @@
     returns: (B,) float32, higher is better, one number per video, differentiable with respect to frames
 
 `reward.frames` says what it wants to see: 1 for an image reward (a mean over any frames), n for a clip of n
-evenly spaced frames, "all" for every frame. `weights` is None for the published weights, or a folder that
-holds one sub-folder per reward, in the same file formats. A `make` with a parameter `arg` gets what follows
+evenly spaced frames, "all" for every frame. `weights` is None for the published weights, or a folder with a
+sub-folder of the reward's name that holds the same files. A `make` with a parameter `arg` gets what follows
 the colon in `--reward name:arg`; when that has no default, it must be given.
 Optional: `reward.report`, {name: (B,)} figures of the last call to log beside the reward;
 `reward.check(prompts)`, called once before training, which raises BadInput when it can't work with them;
@@ -14,19 +14,27 @@ Optional: `reward.report`, {name: (B,)} figures of the last call to log beside t
 Your own reward: write `make_mine` by imitating `make_colorful`, and add one line to REWARDS at the end.
 """
 
+import contextlib
 import difflib
 import functools
 import inspect
 import json
+import os
+import pickle
 import re
+import struct
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hub
-from huggingface_hub import hf_hub_download
+from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
@@ -34,10 +42,8 @@ from transformers import (
     CLIPModel,
     CLIPTokenizer,
     CLIPVisionModelWithProjection,
-    VideoMAEConfig,
     VideoMAEForVideoClassification,
     VJEPA2Model,
-    YolosConfig,
     YolosForObjectDetection,
 )
 
@@ -58,18 +64,134 @@ def need(ok, message: str):
         raise BadInput(message)
 
 
+def hub_problem(error: Exception, source: str) -> str:
+    """What to do about an exception of huggingface_hub; its more particular classes come first."""
+    status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else 0
+    refused = {401: "run `hf auth login`", 429: "too many requests: wait, or run `hf auth login`"}
+    http = sys.modules[hub.HTTPError.__module__]  # httpx, or what has replaced it
+    offline = "check the network, or take --model tiny, needing none"
+    rows = [
+        (hub.GatedRepoError, f"accept its terms on huggingface.co/{source}, then run `hf auth login`"),
+        (
+            hub.RepositoryNotFoundError,
+            "no such folder, nor on the hub: check it; if private: `hf auth login`",
+        ),
+        (hub.HFValidationError, "no such folder, and it can't be a hub id: check the spelling"),
+        (hub.LocalTokenNotFoundError, "run `hf auth login`"),
+        (hub.OfflineModeIsEnabled, f"it is not in the cache, and HF_HUB_OFFLINE is set: {offline}"),
+        (hub.HfHubHTTPError, refused.get(status, f"the hub answers {status}: try again later")),
+        (http.TimeoutException, f"the hub does not answer: {offline}"),
+        ((http.HTTPError, ConnectionError, hub.LocalEntryNotFoundError), f"no way to the hub: {offline}"),
+        (OSError, f"{error}: make room, or set HF_HOME to a place on another disk"),
+    ]
+    return next(text for kinds, text in rows if isinstance(error, kinds))
+
+
+@functools.cache
+def list_hub(source: str) -> list[str]:
+    """The files of a hub repository. One request without retries: what is wrong shows within seconds."""
+    return [file.rfilename for file in HfApi().model_info(source, timeout=8).siblings]
+
+
 def fetch(source: str, name: str, flag: str) -> Path:
-    """One file of a folder, or of a hub repository (then it is downloaded). Raises BadInput."""
-    if Path(source).is_dir():
-        need((Path(source) / name).is_file(), f"{flag}: there is no {name} in the folder {source}")
-        return Path(source) / name
+    """One file of a folder; or of a hub repository, from the cache, else downloaded. Raises BadInput."""
+    where, cached = Path(source), None
+    need(not where.is_file(), f"{flag}: {source} is a file: give the folder that has its config beside it")
+    if where.is_dir():
+        cached = str(where / name) if (where / name).is_file() else None
+        need(cached, f"{flag}: there is no {name} in the folder {source}")
     try:
-        return Path(hf_hub_download(source, name))
-    except (hub.RepositoryNotFoundError, hub.HFValidationError, hub.RemoteEntryNotFoundError):
-        problem = f"no {source!r} with a {name} on the hub, and no such folder: check the spelling"
-    except (hub.HfHubHTTPError, OSError):
-        problem = f"can't reach the hub for {source!r}: check the network, or take --model tiny, needing none"
-    raise BadInput(f"{flag}: {problem}")
+        cached = cached or try_to_load_from_cache(source, name)
+        if not isinstance(cached, str):
+            need(name in list_hub(source), f"{flag}: there is no {name} in {source} on the hub")
+            cached = hf_hub_download(source, name)
+        return Path(cached)
+    except (hub.HTTPError, OSError, hub.HFValidationError) as error:
+        raise BadInput(f"{flag}: can't get {source!r}: {hub_problem(error, source)}") from None
+
+
+DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+DAMAGED += (RuntimeError, EOFError, SyntaxError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile)
+DAMAGED += (SafetensorError, Image.DecompressionBombError, hub.StrictDataclassError)
+
+
+@contextlib.contextmanager
+def reading(problem: str):
+    """Inside, what libraries raise on damaged files is one line, `problem` first. Raises BadInput."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except DAMAGED as error:
+        raise BadInput(f"{problem} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+
+
+def read_json(path: Path) -> dict:
+    with reading(f"{path} is damaged, get it again"):
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+
+
+# Files of weights: (fp16 or not, of how many, kind). What a tokenizer can't do without.
+WEIGHTS = r"(?:diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(?:-\d+-of-(\d+))?(\.safetensors|\.bin)"
+VOCABULARIES = (
+    {"tokenizer.json"},
+    {"vocab.json", "merges.txt"},
+    {"spiece.model"},
+    {"tokenizer.model"},
+    {"preprocessor_config.json"},
+)
+
+
+def pick_files(names, network: bool, half: bool) -> list[str]:
+    """Which of a folder's files to take: safetensors before .bin, fp16 if `half`. Incomplete: none."""
+    if not network:
+        return next((sorted(files) for files in VOCABULARIES if files <= {*names}), [])
+    groups = {}
+    for found in filter(None, (re.fullmatch(WEIGHTS, name) for name in names)):
+        fp16, parts, kind = found.groups()
+        groups.setdefault((kind, bool(fp16) == half, int(parts or 1)), []).append(found[0])
+    return groups.get(max((key for key, files in groups.items() if len(files) == key[2]), default=None), [])
+
+
+def load(kind, source: str, flag: str, subfolder="", dtype=None, more="$"):
+    """`kind.from_pretrained`, whole: nothing missing, nothing that nobody takes, every number finite.
+
+    kind: class of a network or tokenizer in transformers or diffusers; source: a folder or hub id; more:
+    pattern of the keys that the published file is known to hold beyond these. Raises BadInput.
+    """
+    network, half = hasattr(kind, "state_dict"), dtype in (torch.float16, torch.bfloat16)
+    prefix = f"{subfolder}/" if subfolder else ""
+    config = "preprocessor" if "Processor" in kind.__name__ else "tokenizer"
+    folder = fetch(source, prefix + ("config.json" if network else f"{config}_config.json"), flag).parent
+    files = pick_files(os.listdir(folder), network, half)
+    if not files and not Path(source).is_dir():
+        names = [name.removeprefix(prefix) for name in list_hub(source) if name.startswith(prefix)]
+        files = pick_files(names, network, half)
+        for name in [*filter(re.compile(r"[^/]*\.(json|txt|model)").fullmatch, names), *files]:
+            fetch(source, prefix + name, flag)
+    need(
+        files, f"{flag}: {folder} lacks {'weights' if network else 'its vocabulary'}, or a part: get it again"
+    )
+    with reading(f"{flag}: the {kind.__name__} in {folder} is damaged, get it again"):
+        if not network:
+            need("tokenizer.json" not in files or read_json(folder / "tokenizer.json")["model"]["vocab"], "")
+            return kind.from_pretrained(folder, local_files_only=True)
+        variant = "fp16" if ".fp16" in files[0] else None
+        made, info = kind.from_pretrained(folder, dtype=dtype, variant=variant, output_loading_info=True)
+    odd = [key for key in info["unexpected_keys"] if not re.match(f"{more}|.*position_ids$", key)]
+    odd += [*info["missing_keys"], *info["mismatched_keys"]]
+    odd += [key for key, w in made.state_dict().items() if w.is_floating_point() and not w.isfinite().all()]
+    said = f"{flag}: {len(odd)} weights of the {kind.__name__} in {folder} are missing, odd or not finite"
+    need(not odd, f"{said}, as {min(map(str, odd), default='')}: get it again")
+    return made
+
+
+def load_state(network, path: Path, inside: str | None = None):
+    """Load a file of torch.save into a network, all of it. inside: the key it is under. Raises BadInput."""
+    with reading(f"{path} is damaged, get it again"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state[inside] if inside else state)
+        need(all(w.isfinite().all() for w in network.state_dict().values()), f"{path}: not all is finite")
 
 
 def evenly_spaced(n: int, size: int) -> list[int]:
@@ -135,22 +257,22 @@ def frozen(network, device, dtype, blocks=()):
 
 
 def source(weights, name, hub):
-    """Where reward `name` loads from: the folder given by --reward_weights, else its hub id."""
-    if weights is None:
-        return hub
-    folder = Path(weights) / name
-    if not folder.is_dir():
-        raise BadInput(f"--reward_weights {weights} has no folder {name!r}: put that reward's files there")
-    return str(folder)
+    """Where reward `name` loads from: its folder in `weights`, else its hub id."""
+    return hub if weights is None else str(Path(weights) / name)
+
+
+def plain(text: str) -> str:
+    """Lower case, without articles: people write "playing the piano" where the label is "playing piano"."""
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower()).split())
 
 
 def pick_label(names, wanted: str, what: str) -> int:
-    """Index of a label by its name, upper or lower case. names: {index: name}. Raises BadInput."""
-    numbers = {name.lower(): int(number) for number, name in names.items()}
-    if wanted.lower() not in numbers:
-        near = ", ".join(difflib.get_close_matches(wanted.lower(), numbers, n=4, cutoff=0))
+    """Index of a label by its name, in whatever case. names: {index: name}. Raises BadInput."""
+    numbers = {plain(name): int(number) for number, name in names.items()}
+    if plain(wanted) not in numbers:
+        near = ", ".join(difflib.get_close_matches(plain(wanted), numbers, n=4, cutoff=0))
         raise BadInput(f"no {what} {wanted!r} among the model's {len(numbers)}; the nearest are: {near}")
-    return numbers[wanted.lower()]
+    return numbers[plain(wanted)]
 
 
 def need_frames(frames, least: int, name: str):
@@ -184,9 +306,10 @@ def make_aesthetic(device, dtype, weights=None):
         source(weights, "aesthetic", "trl-lib/ddpo-aesthetic-predictor"), "aesthetic-model.pth", "aesthetic"
     )
     model = source(weights, "aesthetic", "openai/clip-vit-large-patch14")
-    clip = CLIPVisionModelWithProjection.from_pretrained(model, dtype=dtype)
+    more = r"text_|logit_scale"  # of a whole CLIP
+    clip = load(CLIPVisionModelWithProjection, model, "aesthetic", dtype=dtype, more=more)
     head = AestheticHead(clip.config.projection_dim)
-    head.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    load_state(head, path)
     clip = frozen(clip, device, dtype, ("CLIPEncoderLayer",))
     head = frozen(head, device, torch.promote_types(dtype, torch.float32))
 
@@ -217,10 +340,11 @@ def image_text_reward(network, embed_image, embed_text):
     return reward
 
 
-def load_clip(model, text_model, device, dtype):
+def load_clip(model, text_model, flag, device, dtype):
     """A transformers CLIP: the model, (n, 3, S, S) -> (n, D), and a prompt -> (1, D)."""
-    clip = frozen(CLIPModel.from_pretrained(model, dtype=dtype), device, dtype, ("CLIPEncoderLayer",))
-    tokenizer = CLIPTokenizer.from_pretrained(text_model)
+    tokenizer = load(CLIPTokenizer, text_model, flag)
+    clip = load(CLIPModel, model, flag, dtype=dtype)
+    clip = frozen(clip, device, dtype, ("CLIPEncoderLayer",))
 
     def embed_image(pixels):
         return clip.visual_projection(clip.vision_model(pixel_values=pixels.to(dtype)).pooler_output)
@@ -236,7 +360,7 @@ def load_clip(model, text_model, device, dtype):
 def make_clip(device, dtype, weights=None, arg=None):
     """Cosine of frame and prompt by CLIP (Radford et al. 2021), -1 to 1. arg: a hub id, else ViT-L/14."""
     model = arg or source(weights, "clip", "openai/clip-vit-large-patch14")
-    clip, embed_image, embed_text = load_clip(model, model, device, dtype)
+    clip, embed_image, embed_text = load_clip(model, model, "clip", device, dtype)
     size = clip.config.vision_config.image_size
 
     def prepared(frames):
@@ -249,7 +373,7 @@ def make_pickscore(device, dtype, weights=None):
     """PickScore (Kirstain et al. 2023): exp(logit scale) x cosine / 100, about 0.2."""
     model = source(weights, "pickscore", "yuvalkirstain/PickScore_v1")
     text_model = source(weights, "pickscore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
-    clip, embed_image, embed_text = load_clip(model, text_model, device, dtype)
+    clip, embed_image, embed_text = load_clip(model, text_model, "pickscore", device, dtype)
     size, scale = clip.config.vision_config.image_size, exact(clip.logit_scale).exp() / 100
 
     def prepared(frames):
@@ -276,10 +400,12 @@ def make_hps(device, dtype, weights=None, arg=None):
     path, own = fetch(folder, files[arg or "2.1"], "hps"), Path(folder) / "open_clip_config.json"
     name, config = "ViT-H-14", open_clip.get_model_config("ViT-H-14")
     if own.exists():
-        name, config = f"local-dir:{folder}", json.loads(own.read_text(encoding="utf-8"))["model_cfg"]
-    clip = open_clip.CLIP(**config)
-    clip.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["state_dict"])
-    clip, tokenizer = frozen(clip, device, dtype, ("ResidualAttentionBlock",)), open_clip.get_tokenizer(name)
+        name, config = f"local-dir:{folder}", read_json(own).get("model_cfg")
+        load(CLIPTokenizer, folder, "hps")
+    with reading(f"{own} is damaged"):
+        clip, tokenizer = open_clip.CLIP(**config), open_clip.get_tokenizer(name)
+    load_state(clip, path, inside="state_dict")
+    clip = frozen(clip, device, dtype, ("ResidualAttentionBlock",))
 
     def embed_image(frames):
         size = clip.visual.image_size
@@ -299,9 +425,9 @@ def make_remove(device, dtype, weights=None, *, arg):
     detection counts for little and still has a gradient. Reports the detections above 0.2 as `count`.
     """
     model = source(weights, "remove", "hustvl/yolos-base")
-    config = YolosConfig.from_pretrained(model)
+    yolos = load(YolosForObjectDetection, model, "remove", dtype=dtype)
+    config = yolos.config
     number = pick_label(config.id2label, arg, "object")
-    yolos = YolosForObjectDetection.from_pretrained(model, dtype=dtype)
     yolos = frozen(yolos, device, dtype, ("YolosLayer",))
     side = min(512, config.image_size[0])
 
@@ -382,14 +508,14 @@ def make_action(device, dtype, weights=None, arg=None):
     Without arg each prompt must hold the name of an action; the longest counts. Reports `probability`.
     """
     model = source(weights, "action", "MCG-NJU/videomae-base-finetuned-kinetics")
-    config = VideoMAEConfig.from_pretrained(model)
+    network = load(VideoMAEForVideoClassification, model, "action", dtype=dtype)
+    config = network.config
     fixed = None if arg is None else pick_label(config.id2label, arg, "action")
-    network = VideoMAEForVideoClassification.from_pretrained(model, dtype=dtype)
     network, size = frozen(network, device, dtype, ("VideoMAELayer",)), config.image_size
 
     def label_of(prompt):
         names = config.id2label.values()
-        held = [name for name in names if re.search(rf"\b{re.escape(name)}\b", prompt, re.IGNORECASE)]
+        held = [name for name in names if re.search(rf"\b{re.escape(plain(name))}\b", plain(prompt))]
         if not held:
             near = ", ".join(difflib.get_close_matches(prompt, names, n=3, cutoff=0))
             raise BadInput(f"prompt {prompt!r} names no action; give one, as in action:{near} (the nearest)")
@@ -469,7 +595,7 @@ def make_vjepa(device, dtype, weights=None):
     at every call. Wants all frames (an odd last one is left out); --decode_frames 16 bounds what that costs.
     """
     model = source(weights, "vjepa", "facebook/vjepa2-vitl-fpc64-256")
-    model = VJEPA2Model.from_pretrained(model, dtype=dtype)
+    model = load(VJEPA2Model, model, "vjepa", dtype=dtype)
     model = frozen(model, device, dtype, ("VJEPA2Layer",))
     side, patch, tube = model.config.crop_size, model.config.patch_size, model.config.tubelet_size
 
@@ -557,6 +683,7 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
             raise BadInput(f"unknown reward {name!r}: did you mean {near!r}? There are: {known}")
         if (name, arg) in [earlier[1:] for earlier in terms]:
             raise BadInput(f"{said!r} stands twice in --reward {spec!r}: give it one weight")
+        need(abs(float(weight or 1)) <= 1e9, f"{said[:60]!r} in --reward: give a weight from -1e9 to 1e9")
         takes = inspect.signature(REWARDS[name]).parameters.get("arg")
         need(takes or not arg, f"{name} takes nothing after the colon: --reward {name}")
         lacks = takes and takes.default is inspect.Parameter.empty and not arg
@@ -568,16 +695,13 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
 def make_terms(spec: str, device, dtype, weights=None, prompts: list[str] = ()) -> dict:
     """Load the rewards of a weighted sum: {"name" or "name:arg": (weight, reward)}.
 
+    weights: a folder or several: a reward's are in the first with a sub-folder of its name, else published.
     Raises BadInput when one can't be loaded, or can't work with the prompts.
     """
-    terms = {}
+    terms, folders = {}, [weights] if isinstance(weights, str) else weights or []
     for weight, name, arg in parse(spec):
-        try:
-            reward = REWARDS[name](device, dtype, weights=weights, **({"arg": arg} if arg else {}))
-        except OSError as error:
-            problem = str(error).strip().splitlines()[0][:150]
-            said = f"can't load reward {name!r}: check the network, or --reward_weights ({problem})"
-            raise BadInput(said) from None
+        own = next((folder for folder in folders if folder and (Path(folder) / name).is_dir()), None)
+        reward = REWARDS[name](device, dtype, weights=own, **({"arg": arg} if arg else {}))
         if hasattr(reward, "check"):
             reward.check(prompts)
         terms[name if arg is None else f"{name}:{arg}"] = (weight, reward)
@@ -607,7 +731,8 @@ def weighted_rewards(terms: dict, video, prompts: list[str], chunk=1, scale=None
     for name, (weight, reward) in terms.items():
         for view, share in views(reward, video, chunk):
             value = reward(view, prompts)
-            good = value.shape == (len(prompts),) and (value.requires_grad or scale is None)
+            good = isinstance(value, torch.Tensor) and value.shape == (len(prompts),)
+            good = good and (value.requires_grad or scale is None)
             need(good, f"reward {name!r} must return ({len(prompts)},), one per video, with a gradient")
             if scale is not None:
                 (scale * (weight * share * value).sum()).backward()

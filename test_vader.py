@@ -50,12 +50,12 @@ def light(frames, prompts):
 
 
 def acting(act):
-    """A reward times what `act` returns for its number among the calls with a gradient, 0 for one without."""
+    """A reward times what `act` returns: for the number of an update, 0 for the probe or no gradient."""
     calls = []
 
     def reward(frames, prompts):
         calls.append(frames.requires_grad)
-        return light(frames, prompts) * act(sum(calls) if calls[-1] else 0)
+        return light(frames, prompts) * act(sum(calls) - 1 if calls[-1] else 0)
 
     return reward
 
@@ -120,15 +120,14 @@ def bad_inputs(folder: Path):
         **{f"lr {value}": (["--lr", value], "--lr") for value in ("-1", "0", "nan", "inf", "1e30")},
         "seed": (["--seed", "1" * 20], "--seed"),
         "not a number": (["--steps", "many"], "--steps"),
-        "no GPU": (["--device", "cuda"], "no usable CUDA GPU"),
+        "no GPU": (["--device", "cuda"], "no usable one here"),
         "K > T": (["--backprop_steps", "11"], "only 10 denoising steps"),
         "frames": (["--decode_frames", "9"], "only 8 frames"),
         "size": (["--height", "60"], "multiples of 8"),
         "no pipeline": (["--model", f"{folder}/folder"], "no model_index.json"),
         "other pipeline": (["--model", f"{folder}/other"], "FluxPipeline"),
-        "broken pipeline": (["--model", f"{folder}/broken"], "not valid json"),
-        "no lora": (["--mode", "sample"], "needs --lora"),
-        "lora missing": (["--lora", f"{folder}/folder"], "no adapter_config.json"),
+        "broken pipeline": (["--model", f"{folder}/broken"], "is damaged, get it again"),
+        "lora missing": (["--lora", f"{folder}/folder"], "no adapter_model.safetensors"),
         "out in use": (["--out", str(folder)], "not empty"),
         "unreachable": (["--model", "someone/something"], "--model tiny"),
     }
@@ -419,7 +418,7 @@ def test_a_lora_of_another_model_or_a_damaged_one_is_refused(loaded, tmp_path, c
     for damaged in (dict(list(weights.items())[1:]), {k: w / 0 for k, w in weights.items()}, {}):
         save_file(damaged, file)
         with pytest.raises(BadInput, match="damaged"):
-            vader.check_lora(folder, model.skeleton(model.source))
+            vader.check_lora(folder, model.skeleton(model.source), {})
 
 
 # ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
@@ -470,19 +469,6 @@ def test_walk_back_equals_plain_autograd(loaded, how):
     run = changed(loaded, loaded.terms | {"clip": (0.7, clip_reward)}, **how)
     given = batch(run, picks=list(range(5)))
     assert gradient_error(run, given, plain_gradient(run, given)) < 1e-5
-
-
-def test_kl_pulls_to_the_base_model(loaded):
-    run, given = changed(loaded, kl_weight=0.5), batch(loaded, trained=[3], scale=8.0)
-    x, t, zero = vader.rollout(run, given), run.schedule.t[3], torch.zeros_like(given.noise)
-    change, ours = vader.walk_back(run, given, x, zero), gradients(run)
-    with torch.no_grad(), run.model.denoiser.disable_adapter():
-        base = run.model.denoise(x[3], t, given.cond)
-    loss = (run.model.denoise(x[3], t, given.cond) - base).square().mean()
-    (8.0 * 0.5 * loss).backward()
-    assert change == pytest.approx(loss.item(), rel=1e-4) and change > 0
-    assert (ours - gradients(run)).norm() / ours.norm() < 1e-5
-    assert vader.walk_back(loaded, given, x, zero) == 0 == gradients(run).norm()
 
 
 def test_a_reached_target_gives_no_gradient(loaded):
@@ -575,7 +561,7 @@ def test_a_run_can_die_at_any_write(settings, tmp_path, monkeypatch):
         move(source, target)
 
     def append_or_die(out, row):
-        if fatal == "row":
+        if fatal == "row" or fatal == "evaluation" and row["step"] and "eval" in row:
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row)[:20])
             raise Killed
@@ -583,8 +569,8 @@ def test_a_run_can_die_at_any_write(settings, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", move_or_die)
     monkeypatch.setattr(vader, "append_metrics", append_or_die)
-    first = ["metrics.jsonl", "row", "comparison.png", "adapter_config.json", "adapter_model.safetensors"]
-    for following in [*first, "state.pt", "row", "data.js", None]:
+    first = ["metrics.jsonl", "row", "data.js", "adapter_config.json", "adapter_model.safetensors"]
+    for following in [*first, "state.pt", "row", "evaluation", None]:
         with pytest.raises(Killed):
             vader.train(cfg)
         reached, fatal = progress(out, reached), following
@@ -655,7 +641,6 @@ def data_of(folder):
     text = (folder / "data.js").read_text()
     data = json.loads(text.removeprefix("window.run = ").removesuffix(";\n"))
     assert (folder / "index.html").read_bytes() == (HERE / "page.html").read_bytes()
-    assert (folder / "comparison.png").stat().st_size > 1000
     for found in [row["eval"] for row in data["rows"] if "eval" in row]:
         for n in range(len(found["prompts"])):
             frames = iio.imread(folder / found["folder"] / f"{n:03d}.mp4", plugin="FFMPEG")
@@ -670,7 +655,7 @@ def test_what_a_run_writes(settings):
     assert len(list(out.rglob("*.mp4"))) == 4 and data["config"]["lr"] == 0.01
     config = json.loads((out / "config.json").read_text())
     assert config["lr"] == 0.01 and config["versions"]["torch"] == torch.__version__
-    assert {"reward", "colorful", "grad_norm", "kl", "skipped", "seconds", "memory_gb"} < rows[1].keys()
+    assert {"reward", "colorful", "grad_norm", "prompts", "skipped", "seconds", "memory_gb"} < rows[1].keys()
     assert rows[-1]["eval"]["prompts"] == rows[0]["eval"]["prompts"] and len(rows[0]["eval"]["reward"]) == 2
     assert rows[-1]["eval"]["reward"] != rows[0]["eval"]["reward"]
     assert same(state_of(out)[1], lora_of(out)) and not list(out.glob("**/tmp-*"))
@@ -701,7 +686,7 @@ def test_a_non_finite_gradient_skips_its_update(settings):
     rows = vader.train(cfg, reward=reward)
     rows = [row for row in rows if "reward" in row]
     assert [row["skipped"] for row in rows] == [0, 1, 1]
-    assert math.isnan(rows[1]["grad_norm"]) and rows[2]["grad_norm"] > 0
+    assert rows[1]["grad_norm"] is None and rows[2]["grad_norm"] > 0
     assert all(torch.isfinite(value).all() for value in lora_of(settings.out).values())
     with pytest.raises(BadInput, match="was started with --reward reward"):  # an own reward has its own name
         vader.train(replace(cfg, resume=True), reward=light)
@@ -713,7 +698,10 @@ def test_ten_non_finite_gradients_in_a_row_stop_the_run(settings, capsys, monkey
     monkeypatch.setitem(rewards.REWARDS, "failing", lambda device, dtype, weights: reward)
     assert vader.main(command(cfg)) == 1
     said = capsys.readouterr().err
-    assert re.match(r"vader.py: stopped: .* at update 11, prompt 'a .*', seed 0", said.splitlines()[-1])
+    assert re.match(
+        r"vader.py: stopped: .* at update 11, prompts .'a .*, seed 0: mend the reward",
+        said.splitlines()[-1],
+    )
     assert said.count("vader.py: ") == 1 and "Traceback" not in said
 
 
@@ -737,16 +725,15 @@ def test_sample_and_eval_modes(loaded, settings, tmp_path, capsys):
     given = dict(prompts=str(tmp_path / "short.txt"), lora=str(tmp_path / "lora"), num_inference_steps=2)
     common = replace(settings, **given)
     assert vader.main(command(replace(common, mode="sample", out=str(tmp_path / "s")))) == 0
-    named = json.loads((tmp_path / "s" / "prompts.json").read_text())
-    assert named == dict(zip(["000.mp4", "001.mp4", "002.mp4"], texts, strict=True))
-    assert all((tmp_path / "s" / name).stat().st_size > 500 for name in named)
+    (row,) = vader.read_metrics(tmp_path / "s")
+    assert row["eval"] == {"folder": "tuned", "prompts": texts} and data_of(tmp_path / "s")["rows"] == [row]
     words = command(replace(common, mode="eval", out=str(tmp_path / "e")))
     assert vader.main(words) == 0
-    result = json.loads((tmp_path / "e" / "eval.json").read_text())
-    assert len(result["base"]["colorful"]) == 3 and result["base"]["reward"] != result["tuned"]["reward"]
+    base, tuned = (row["eval"] for row in vader.read_metrics(tmp_path / "e"))
+    assert len(base["colorful"]) == 3 and base["reward"] != tuned["reward"]
     assert "colorful: " in capsys.readouterr().out
     shown = data_of(tmp_path / "e")
-    assert [row["eval"] for row in shown["rows"]] == [result["base"], result["tuned"]]
+    assert [row["eval"] for row in shown["rows"]] == [base, tuned]
     assert vader.main(words) == 2 and "not empty" in capsys.readouterr().err
 
 
@@ -813,9 +800,9 @@ def test_a_wrong_name_is_one_line_with_the_nearest(spec):
 
 
 def test_rewards_load_from_a_folder(tmp_path):
-    with pytest.raises(BadInput, match="has no folder 'aesthetic'"):
-        make_one("aesthetic", weights=str(tmp_path))
-    problems = {"aesthetic": "there is no aesthetic-model.pth", "clip": "can't load reward"}
+    with pytest.raises(BadInput, match="can't get 'trl-lib/ddpo-aesthetic-predictor': .*--model tiny"):
+        make_one("aesthetic", weights=str(tmp_path))  # it has none of that name
+    problems = {"aesthetic": "there is no aesthetic-model.pth", "clip": "there is no tokenizer_config.json"}
     for name, problem in problems.items():
         (tmp_path / name).mkdir()
         with pytest.raises(BadInput, match=f"{problem}.*{name}") as said:

@@ -14,27 +14,36 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
     g               d loss / d x, walked backwards      w         classifier-free guidance scale
     v               d loss / d frames                   K, T      trained steps, sampling steps
 
-Sections (search for "# ----"): config, prompts, schedule, model and LoRA, gradient, files, evaluation,
-training, command line. What people change is marked "SWAP:". Rewards are in rewards.py, further models in
-models/. The loss is minus the reward; the paper's own loss form for each reward is left out.
+Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py, further models
+in models/. The loss is minus the reward; the paper's own loss form for each reward is left out.
 """
 
 import contextlib
 import difflib
 import functools
 import hashlib
+import importlib.util
+import inspect
 import io
 import json
 import math
 import os
 import re
 import runpy
+import shutil
+import signal
 import sys
 import time
+import zipfile
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+
+SCRIPT = __name__ == "__main__" and "__file__" in globals()  # not imported, nor pasted into a notebook
+STOPPED = "vader.py: stopped; a training run goes on by the same command with --resume added\n"
+if SCRIPT:  # Ctrl-C is one line at any time, while importing too: files are whole, nothing is to be tidied up
+    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\n" + STOPPED.encode()) and 130))
 
 import diffusers
 import imageio.v3 as iio
@@ -44,13 +53,12 @@ import psutil
 import torch
 import torch.distributed as dist
 import transformers
-from PIL import Image
-from safetensors import SafetensorError
+from filelock import FileLock
 from safetensors.torch import load_file
 from tqdm import tqdm
 
 import rewards
-from rewards import BadInput, evenly_spaced, need
+from rewards import BadInput, evenly_spaced, need, reading
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,11 +80,12 @@ class Config:
     prompts: str = arg("prompts.txt", "a text file, one a line (not # lines), or .jsonl with an image each")
     model: str = arg("auto", "auto (modelscope on a CUDA GPU, else tiny), a short name, a hub id, a folder")
     mode: Literal["train", "sample", "eval"] = arg("train", "sample: make videos; eval: score base and tuned")
-    lora: str | None = arg(None, "folder of a trained LoRA: for sample and eval, or where train starts from")
+    lora: str | None = arg(None, "folder of a trained LoRA: to sample or score, or where train starts from")
     out: str | None = arg(None, "output folder; default runs/<reward>-<model>, runs/<mode>-<reward>-<model>")
     resume: bool = arg(False, "go on with the run in --out, with the same settings (how long may change)")
     seed: int = arg(0, "the same seed gives bitwise the same run on a CPU (and as many threads)")
     # the video and its sampler
+    negative_prompt: str = arg("", "what guidance leads away from")
     num_frames: int | None = arg(None, "frames of a video")
     height: int | None = arg(None, "pixels, a multiple of 8, 16 or 32, as the model's")
     width: int | None = arg(None, "pixels, likewise")
@@ -92,11 +101,10 @@ class Config:
     decode_frames: int | None = arg(None, "frames scored per update; default what the reward wants")
     decode_chunk: int = arg(1, "frames decoded at once; costs memory")
     checkpointing: bool | None = arg(None, "recompute activations: less memory, more time; default on a GPU")
-    offload: bool = arg(False, "what is idle waits in host memory: less memory, more time (printed)")
+    offload: bool = arg(False, "what is idle waits in host memory: less memory, more time")
     # the objective
     reward_target: float | None = arg(None, "hinge: a video whose reward is above this gets no gradient")
-    kl_weight: float = arg(0.0, "pull to the base model: weight of the squared change of its output")
-    reward_weights: str | None = arg(None, "folder with a sub-folder per reward, not the published weights")
+    reward_weights: str | None = arg(None, "folder with sub-folders of rewards, to load these from")
     # the optimiser and the LoRA
     steps: int | None = arg(None, "updates")
     lr: float | None = arg(None, "learning rate of AdamW, constant")
@@ -105,23 +113,25 @@ class Config:
     max_grad_norm: float = arg(1.0, "longer gradients are shortened to this")
     lora_rank: int | None = arg(None, "rank of each adapter")
     lora_alpha: int | None = arg(None, "adapters are scaled by alpha / rank; default alpha = rank")
-    lora_targets: str = arg("to_q,to_k,to_v,to_out.0", "which linear layers, by the end of their names")
+    lora_targets: str | None = arg(None, "linear layers by the end of their names; default: attention")
     # evaluation, files, machine
-    eval_prompts: str | None = arg(None, "prompt file; default every tenth of --prompts, not trained on")
+    eval_prompts: str | None = arg(None, "prompt file; default every tenth of --prompts. Never trained on")
     eval_every: int | None = arg(None, "updates between evaluations; one more before, one after")
-    eval_videos: int = arg(16, "videos per evaluation, each time the same prompts and seeds")
-    device: Literal["auto", "cuda", "cpu"] = arg("auto", "auto is cuda where there is one")
+    eval_videos: int = arg(16, "videos per evaluation, each time the same prompts and seeds; 0: none")
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "where to log as well")
+    device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto is cuda where there is one")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = arg("auto", "bf16 if the GPU can, else fp16; CPU fp32")
 
 
 # Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
 RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
 RANGES |= dict(eta=(0, 1), coupling=(0, 1), reward_target=(-1e9, 1e9), max_grad_norm=(1e-12, 1e9))
+RANGES |= dict(eval_videos=(0, 1e9), lora_rank=(1, 1024))
 
 # Defaults that models share, see `presets` of their classes: those with published weights, those in tiny/.
 PUBLISHED = dict(steps=200, eval_every=50, lr=2e-4, batch_size=1, grad_accum=4, lora_rank=16)
 TINY = dict(steps=50, eval_every=25, lr=1e-3, batch_size=2, grad_accum=1, lora_rank=8)
-TINY |= dict(num_inference_steps=10, height=64, width=64, reward_weights=TOY)
+TINY |= dict(num_inference_steps=10, height=64, width=64, rewards=TOY)
 
 # SWAP: your model. Write models/mine.py by imitating models/wan.py, and add its line, "mine.Class": the names
 # for --model, keys of its `presets`, and the pipelines that it loads (`_class_name` of model_index.json).
@@ -135,65 +145,83 @@ FAMILIES = {
 }
 
 
+# What a pipeline may have: no second transformer, no setting that changes what is computed.
+PARTS = (
+    "unet transformer vae scheduler tokenizer text_encoder image_encoder feature_extractor motion_adapter "
+)
+PARTS = {*PARTS.split(), "safety_checker", "requires_safety_checker"}
+
+
 def check_fields(cfg: Config):
     """Raises BadInput for a value that its field does not allow."""
     for name, hint in get_type_hints(Config).items():
-        value, options = getattr(cfg, name), get_args(hint)
+        value, options = getattr(cfg, name), get_args(hint) or (hint,)
         if get_origin(hint) is Literal:
             need(value in options, f"--{name} {value}: give one of {', '.join(options)}")
-        elif value is not None and type(value) in (int, float):
-            low, high = RANGES.get(name, (0 if float in (hint, *options) else 1, 1e9))
-            need(low <= value <= high, f"--{name} {value}: must be from {low:g} to {high:g}")
+            continue
+        need(value != "" or name == "negative_prompt", f"--{name} is empty: give a value, or leave it out")
+        if type(value) in (int, float):
+            low, high = RANGES.get(name, (0 if float in options else 1, 1e9))
+            need(low <= value <= high, f"--{name} {value:g}: must be from {low:g} to {high:g}")
 
 
 def read_config(model: str, name: str) -> dict:
     """A json file of a model that is a folder or a hub id (then it is downloaded). Raises BadInput."""
-    try:
-        return json.loads(rewards.fetch(model, name, "--model").read_text(encoding="utf-8"))
-    except json.JSONDecodeError:
-        raise BadInput(f"{model}: {name} is not valid json; download the model again") from None
+    return rewards.read_json(rewards.fetch(model, name, "--model"))
 
 
 @functools.cache
 def find_model(model: str) -> tuple[type, str, dict]:
     """The class of --model, where it loads from, and its defaults. Raises BadInput."""
-    line_of = {name: line for line, names in FAMILIES.items() for name in names}
-    pipelines, name = [name for name in line_of if name.endswith("Pipeline")], model
+    line_of, name = {name: line for line, names in FAMILIES.items() for name in names}, model
+    pipelines = [name for name in line_of if name.endswith("Pipeline")]
     if model in pipelines or model not in line_of:
-        if not Path(model).is_dir() and "/" not in model:
+        if not Path(model).exists() and "/" not in model:
             near = difflib.get_close_matches(model, line_of.keys() - pipelines, n=1, cutoff=0)[0]
             raise BadInput(f"unknown model {model!r}: did you mean {near!r}? Hub ids and folders will do too")
-        name = read_config(model, "model_index.json").get("_class_name")
+        index = read_config(model, "model_index.json")
+        name = index.get("_class_name")
         need(name in pipelines, f"{model} is a {name}; there is code for: {', '.join(pipelines)}")
+        odd = [key for key, value in index.items() if value and value != [None, None] and key[0] != "_"]
+        odd = sorted({*odd} - PARTS)
+        need(not odd, f"{model}: there is no code for the {odd and odd[0]} of its model_index.json")
     module, class_name = line_of[name].split(".")
-    family = TextToVideoUNet
-    if module != "vader":
-        file = HERE / "models" / f"{module}.py"
-        need(file.is_file(), f"{name} needs models/{file.name} beside vader.py: get it from the repository")
-        # what `python vader.py` runs, or a pasted cell defines, is the `vader` that the file imports
-        sys.modules.setdefault("vader", sys.modules[__name__])
-        family = runpy.run_path(str(file), run_name=f"models.{module}")[class_name]
+    family = TextToVideoUNet if module == "vader" else borrow(module, name)[class_name]
     preset = family.presets.get(model) or next(iter(family.presets.values())) | {"source": model}
     return family, preset["source"], preset
+
+
+def borrow(module: str, what: str) -> dict:
+    """What models/<module>.py defines; its `vader` is this one, run or pasted. Raises BadInput."""
+    file = HERE / "models" / f"{module}.py"
+    need(file.is_file(), f"{what} needs models/{file.name} beside vader.py: get it from the repository")
+    sys.modules.setdefault("vader", sys.modules[__name__])
+    return runpy.run_path(str(file), run_name=f"models.{module}")
 
 
 def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     """Check what can be checked before a model loads -> the full config, where it loads from, its class."""
     check_fields(cfg)
-    cuda = torch.cuda.is_available()
-    need(cuda or cfg.device != "cuda", "--device cuda: no usable CUDA GPU here; leave the flag out")
-    device = ("cuda" if cuda else "cpu") if cfg.device == "auto" else cfg.device
-    model = ("modelscope" if device == "cuda" else "tiny") if cfg.model == "auto" else cfg.model
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    need(re.match("(cpu|cuda|mps)(:|$)", device), f"--device {device}: give cpu, cuda, cuda:1 or mps")
+    with reading(f"--device {device}: no usable one here, leave the flag out"):
+        torch.empty(0, device=device)
+    cuda = device.startswith("cuda")
+    model = ("modelscope" if cuda else "tiny") if cfg.model == "auto" else cfg.model
     family, source, preset = find_model(model)
     bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     # "remove:book + 0.5*hps" becomes the folder name remove-book-0.5-hps
     name = getattr(reward, "__name__", "custom") if reward else cfg.reward
     label = re.sub(r"[^\w.]+", "-", f"{name}-{Path(model).name if '/' in model else model}").strip("-")
-    found = preset | dict(grad_steps=family.grad_steps, checkpointing=device == "cuda")
-    found["lora_alpha"] = cfg.lora_rank or preset["lora_rank"]
-    found["dtype"] = "fp32" if device == "cpu" else "bf16" if bf16 else "fp16"
+    found = preset | dict(grad_steps=family.grad_steps, checkpointing=device != "cpu")
+    found |= dict(lora_alpha=cfg.lora_rank or preset["lora_rank"], lora_targets="to_q,to_k,to_v,to_out.0")
+    found["dtype"] = "bf16" if bf16 else "fp16" if cuda else "fp32"
     found["out"] = f"runs/{label}" if cfg.mode == "train" else f"runs/{cfg.mode}-{label}"
     given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto")}
+    given |= {"lora_targets": cfg.lora_targets.replace(" ", "")} if cfg.lora_targets else {}
+    skeleton = family.skeleton(source)  # raises when the checkpoint needs code that the family lacks
+    if cfg.lora:
+        found |= check_lora(cfg.lora, skeleton, given)
     found |= given | {"model": model, "device": device, "reward": name}
     cfg = replace(cfg, **{name: found[name] for name in vars(cfg).keys() & found.keys()})
 
@@ -204,29 +232,43 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     need(cfg.height % side == cfg.width % side == 0, f"--height and --width must be multiples of {side}")
     need((frames - 1) % group == 0, f"--num_frames {frames}: must be 1 more than a multiple of {group}")
     need(cfg.eta == 0 or family.stochastic, "--eta adds noise in DDIM; this model has another sampler: eta 0")
-    need(cfg.lora or cfg.mode == "train", f"--mode {cfg.mode} needs --lora: a training run's lora folder")
+    need(cfg.dtype != "fp16" or cuda, f"--dtype fp16 is for GPUs: on {device}, leave the flag out")
+    unguided = cfg.guidance_scale == 1 or family.images == "must"
+    need(not (unguided and cfg.negative_prompt), "--negative_prompt: there is no guidance by text here")
+    names = [f".{name}" for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)]
+    for target in [] if cfg.lora else cfg.lora_targets.split(","):
+        here = any(name.endswith(f".{target}") for name in names)
+        need(here, f"--lora_targets {target}: no linear layer's name ends so, there is {names[-1][1:]}")
+    there = [name for name in rewards.REWARDS if Path(cfg.reward_weights or "", name).is_dir()]
+    need(there or not cfg.reward_weights, f"--reward_weights {cfg.reward_weights}: no reward's folder there")
+    ready = cfg.tracker == "none" or importlib.util.find_spec(cfg.tracker)
+    need(ready, f"--tracker {cfg.tracker} is not installed: pip install {cfg.tracker}")
+    family(source, device, DTYPES[cfg.dtype]).schedule(cfg)  # raises for a sampler that is no line
     if reward is None:
         rewards.parse(cfg.reward)
-    skeleton = family.skeleton(source)  # raises when the checkpoint needs code that the family lacks
-    if cfg.lora:
-        check_lora(cfg.lora, skeleton)
+    else:
+        with reading("your reward must be a function (frames, prompts)"):
+            inspect.signature(reward).bind(None, None)
     return cfg, source, family
 
 
-def check_lora(folder: str, skeleton: torch.nn.Module):
-    """Raises BadInput unless `folder` holds a PEFT LoRA with all matrices for this denoiser, all finite."""
-    weights = Path(folder) / "adapter_model.safetensors"
-    found = weights.is_file() and (Path(folder) / "adapter_config.json").is_file()
-    need(found, f"--lora {folder}: no adapter_config.json and {weights.name} there; give a run's lora folder")
-    try:
+def check_lora(folder: str, skeleton: torch.nn.Module, given: dict) -> dict:
+    """The settings of a LoRA, for `given` must not differ. Raises BadInput unless it fits, and is finite."""
+    weights, config = (Path(folder) / f"adapter_{name}" for name in ("model.safetensors", "config.json"))
+    for file in (weights, config):
+        need(file.is_file(), f"--lora {folder}: there is no {file.name}; give a run's lora folder")
+    with reading(f"--lora {folder} is damaged, or made for another model"):
         config = replace(peft.PeftConfig.from_pretrained(folder), base_model_name_or_path=None)
         fits = peft.get_peft_model_state_dict(peft.get_peft_model(skeleton, config))
-        state = load_file(weights)
-    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
-        raise BadInput(f"--lora {folder} can't be read, or was made for another model: {error}") from None
+        state, targets = load_file(weights), ",".join(sorted(config.target_modules))
     good = {k for k, w in state.items() if k in fits and w.shape == fits[k].shape and w.isfinite().all()}
     other = (fits.keys() | state.keys()) - good
     need(not other, f"--lora {folder} was made for another model, or is damaged: {min(other, default='')}")
+    has = dict(lora_rank=config.r, lora_alpha=config.lora_alpha, lora_targets=targets)
+    for name in has.keys() & given.keys():
+        same = sorted(str(given[name]).split(",")) == str(has[name]).split(",")
+        need(same, f"--{name} {given[name]}: the LoRA in --lora has {has[name]}; leave the flag out")
+    return has
 
 
 # ---- 2. Prompts and randomness -----------------------------------------------------------------------------
@@ -237,51 +279,55 @@ class Prompt(NamedTuple):
     image: str | None = None
 
 
-def read_image(path: str, height: int, width: int):
-    """An image file, resized, as (3, H, W) float32 in [0, 1]."""
-    picture = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
-
-
 # SWAP: your prompts.
-def read_prompts(path: str, images=False) -> list[Prompt]:
+def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
     """The prompts of a text file, one a line, or of a .jsonl file of {"prompt": ..., "image": ...} lines.
 
-    Image paths are relative to the file. images: the model needs one each. Raises BadInput.
+    Either may be left out; image paths are relative to the file. family: of the model. Raises BadInput.
     """
     need(Path(path).is_file(), f"no prompt file {path}: give --prompts a text file, one prompt a line")
-    kind, prompts = Path(path).suffix.lower(), []
+    kind, prompts, family = Path(path).suffix.lower(), [], family or TextToVideoUNet
     need(kind in ("", ".txt", ".jsonl"), f"{path}: prompts are read from .txt and .jsonl files")
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     need(not {"\0", "\ufffd"} & set(text), f"{path} is not a text file: give one prompt a line, in UTF-8")
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
         if not line or line.startswith("#"):
             continue
-        if kind != ".jsonl":
-            prompts.append(Prompt(line))
-            continue
-        try:
-            row = json.loads(line)
-            prompts.append(Prompt(row["prompt"].strip(), str(Path(path).parent / row["image"])))
-            read_image(prompts[-1].image, height=8, width=8)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            wanted = '{"prompt": "...", "image": "file.png"}'
-            raise BadInput(f"{path}, line {number}: write {wanted}") from None
-        except (OSError, Image.DecompressionBombError) as error:
-            raise BadInput(f"{path}, line {number}: can't read the image ({error})") from None
+        text, image = line, None
+        if kind == ".jsonl":
+            wanted = f'{path}, line {number}: write {{"prompt": "...", "image": "file.png"}}'
+            with reading(wanted):
+                row = json.loads(line)
+                text, image = row.pop("prompt", "").strip(), row.pop("image", None)
+                need(not row and (text or image), wanted)
+            if image:
+                image = str(Path(path).parent / image)
+                family.open_image(image)
+        prompts.append(Prompt(text, image))
+    bare = family.images == "must" and not all(prompt.image for prompt in prompts)
+    need(not bare, f"{path}: this model starts from an image: use .jsonl, with one in each line")
     need(prompts, f"{path} holds no prompts: write one a line")
-    need(all(p.image for p in prompts) or not images, f"{path}: this model starts from an image: use .jsonl")
     return prompts
 
 
-def split_prompts(cfg: Config, images=False) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on, and held-out ones: --eval_prompts, else every tenth of --prompts."""
-    prompts = read_prompts(cfg.prompts, images)
-    if cfg.eval_prompts:
-        return prompts, read_prompts(cfg.eval_prompts, images)
-    need(len(prompts) > 1, f"{cfg.prompts} has one prompt and one is held back: add more, or --eval_prompts")
+def split_prompts(cfg: Config, family: type | None = None) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts to train on, and held-out ones: --eval_prompts or every tenth of --prompts. Raises BadInput."""
+    prompts = [*dict.fromkeys(read_prompts(cfg.prompts, family))]
+    if not cfg.eval_videos:
+        return prompts, []
     every = min(10, len(prompts))
-    return [p for i, p in enumerate(prompts, 1) if i % every], prompts[every - 1 :: every]
+    held_out = read_prompts(cfg.eval_prompts, family) if cfg.eval_prompts else prompts[every - 1 :: every]
+    kept = [prompt for prompt in prompts if prompt not in held_out]
+    need(kept or cfg.eval_prompts, f"{cfg.prompts} has one prompt, held back: add more, or --eval_prompts")
+    if cfg.eval_prompts and len(kept) < len(prompts):
+        left = "not trained on" if kept else "trained on, so that no gain is held out"
+        print(f"{len(prompts) - len(kept)} of {len(prompts)} prompts are in --eval_prompts too: {left}")
+    return kept or prompts, held_out
+
+
+def ranks() -> tuple[int, int]:
+    """This process's number, and how many there are, as torchrun tells them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def generator_for(*key) -> torch.Generator:
@@ -368,7 +414,10 @@ class TextToVideoUNet:
     scale, frames_per_latent = 8, 1  # pixels in a latent pixel; frames in a latent frame, but the first: one
     stochastic = True  # the sampler takes --eta
     grad_steps = "last"  # the default of that setting
+    inputs = 1  # how many latents side by side the denoiser takes
+    max_tokens = None  # of a prompt that the text encoder reads; its tokenizer's own limit
     images = "no"  # is the video made from an image: no, may, must
+    open_image = str  # reads one, where it may
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
@@ -376,9 +425,16 @@ class TextToVideoUNet:
 
     @classmethod
     def skeleton(cls, source) -> torch.nn.Module:
-        """The denoiser without its weights, to check names and shapes."""
-        with torch.device("meta"):
-            return cls.denoiser_class.from_config(read_config(source, f"{cls.folder}/config.json"))
+        """The denoiser without its weights. Raises BadInput for a checkpoint that there is no code for."""
+        config, vae = (read_config(source, f"{name}/config.json") for name in (cls.folder, "vae"))
+        for found, kind in ((config, cls.denoiser_class), (vae, cls.vae_class)):
+            is_that = found.get("_class_name") == kind.__name__
+            need(is_that, f"{source} has a {found.get('_class_name')}, there is code for {kind.__name__}")
+        with torch.device("meta"), reading(f"{source}: a config.json is damaged"):
+            made = cls.denoiser_class.from_config(config)
+            channels = cls.inputs * (vae.get("latent_channels") or vae["z_dim"])
+            need(made.config.in_channels == channels, f"{source}: no code for other inputs than latents")
+        return made
 
     def schedule(self, cfg: Config) -> Schedule:
         config = read_config(self.source, "scheduler/scheduler_config.json")
@@ -389,9 +445,22 @@ class TextToVideoUNet:
     @torch.no_grad()
     def encode(self, prompts: list[Prompt], cfg: Config) -> dict[Prompt, dict]:
         """{prompt: what `denoise` is given, without batch dimension}, by the stock pipeline; it is freed."""
-        unused = {self.folder: None, "vae": None}
-        pipe = self.text_pipeline.from_pretrained(self.source, **unused, dtype=self.dtype).to(self.device)
+        pipe = self.stock(self.text_pipeline, "text_encoder", "tokenizer")
+        limit = self.max_tokens or pipe.tokenizer.model_max_length
+        long = [prompt.text for prompt in prompts if len(pipe.tokenizer(prompt.text).input_ids) > limit]
+        if long:
+            print(f"{len(long)} prompts are cut at {limit} tokens, the first is {long[0][:60]!r}...")
         return {prompt: self.encode_text(pipe, prompt.text) for prompt in prompts}
+
+    def stock(self, pipeline, *names):
+        """A stock pipeline with only these of its parts, on the device. Raises BadInput."""
+        index, needs = read_config(self.source, "model_index.json"), inspect.signature(pipeline).parameters
+        parts = {name: None for name, p in needs.items() if p.default is p.empty}
+        for name in names:
+            with reading(f"{self.source}: model_index.json names no {name} that is known"):
+                kind = getattr(importlib.import_module(index[name][0]), index[name][1])
+            parts[name] = rewards.load(kind, self.source, "--model", name, self.dtype)
+        return pipeline(**parts).to(self.device)
 
     def encode_text(self, pipe, text: str) -> dict:
         states, _ = pipe.encode_prompt(text, self.device, 1, do_classifier_free_guidance=False)
@@ -399,10 +468,9 @@ class TextToVideoUNet:
 
     def load(self):
         """Load the denoiser and the VAE, frozen, without dropout (recomputing must give the same numbers)."""
-        if self.denoiser is None:
-            where = dict(subfolder=self.folder, dtype=self.dtype)
-            self.denoiser = self.denoiser_class.from_pretrained(self.source, **where)
-        self.vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
+        load = functools.partial(rewards.load, source=self.source, flag="--model", dtype=self.dtype)
+        self.denoiser = self.denoiser or load(self.denoiser_class, subfolder=self.folder)
+        self.vae = load(self.vae_class, subfolder="vae")
         for part in (self.denoiser, self.vae):
             part.to(self.device).eval().requires_grad_(False)
 
@@ -418,6 +486,10 @@ class TextToVideoUNet:
         channels = vae.get("latent_channels") or vae["z_dim"]
         return channels, frames, cfg.height // self.scale, cfg.width // self.scale
 
+    def frames_in(self, n: int) -> int:
+        """Frames that latent frame n holds."""
+        return self.frames_per_latent if n else 1
+
     def guidance(self, scale: float, frames: int):
         """Classifier-free guidance scale: a number, or (F, 1, 1) for latents (B, C, F, H, W)."""
         return scale
@@ -432,9 +504,9 @@ class TextToVideoUNet:
 
         N frames: as many as picks, or where a latent frame holds several, all of those picked.
         """
-        picked = latents[:, :, picks].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
-        pictures = self.vae.decode(picked.to(self.dtype), return_dict=False)[0].float()
-        return straight_through_clamp(pictures / 2 + 0.5).unflatten(0, (-1, len(picks)))
+        scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
+        frames = [self.vae.decode(scaled[:, :, n], return_dict=False)[0].float() for n in picks]
+        return straight_through_clamp(torch.stack(frames, dim=1) / 2 + 0.5)
 
 
 def add_lora(model, cfg: Config):
@@ -443,31 +515,13 @@ def add_lora(model, cfg: Config):
         model.denoiser = peft.PeftModel.from_pretrained(model.denoiser, cfg.lora, is_trainable=True)
         return
     torch.manual_seed(cfg.seed)
-    targets = [name.strip() for name in cfg.lora_targets.split(",")]
+    targets = cfg.lora_targets.split(",")
     config = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets)
-    try:
-        model.denoiser = peft.get_peft_model(model.denoiser, config)
-    except ValueError:
-        raise BadInput(f"--lora_targets {cfg.lora_targets}: this model has no layers of such names") from None
-    config.base_model_name_or_path = cfg.model  # for whoever loads the LoRA; get_peft_model blanks it
+    model.denoiser = peft.get_peft_model(model.denoiser, config)
 
 
 def lora_parameters(model) -> dict[str, torch.nn.Parameter]:
     return {name: p for name, p in model.denoiser.named_parameters() if p.requires_grad}
-
-
-@contextlib.contextmanager
-def merged(model):
-    """Inside, the LoRA is in the base weights: 8 to 12 % faster (bench/speed.py). Not in half precision."""
-    layers = [m for m in model.denoiser.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    own = [layer.base_layer.weight.detach().clone() for layer in layers]
-    model.denoiser.merge_adapter()
-    try:
-        yield
-    finally:
-        model.denoiser.unmerge_adapter()
-        for layer, weight in zip(layers, own, strict=True):
-            layer.base_layer.weight.data.copy_(weight)  # bitwise, as subtracting again is not
 
 
 # ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
@@ -480,7 +534,6 @@ class Run:
     schedule: Schedule
     terms: dict
     conds: dict
-    moving: float = 0.0  # seconds spent moving weights between device and host
 
 
 class Batch(NamedTuple):
@@ -498,7 +551,7 @@ class Batch(NamedTuple):
 
 def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trained=(), scale=1.0) -> Batch:
     """A Batch, with what run.conds knows of its prompts."""
-    rows, empty = [run.conds[prompt] for prompt in prompts], run.conds[Prompt("")]
+    rows, empty = [run.conds[prompt] for prompt in prompts], run.conds[Prompt(run.cfg.negative_prompt)]
     cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     # an image, which the empty prompt has not, is given to both guidance branches
     uncond = cond | {name: value.expand(len(rows), *value.shape) for name, value in empty.items()}
@@ -555,9 +608,9 @@ def score(run: Run, batch: Batch, x):
     cfg, picks = run.cfg, batch.picks
     pieces = [picks[i : i + cfg.decode_chunk] for i in range(0, len(picks), cfg.decode_chunk)]
     with torch.no_grad():
-        decoded = [run.model.decode(x, piece) for piece in pieces]
-    sizes = [part.shape[1] for part in decoded]
-    video = torch.cat(decoded, dim=1).requires_grad_()  # (B, N, 3, H, W)
+        video = run.model.decode(x, picks)  # (B, N, 3, H, W)
+    sizes = [sum(run.model.frames_in(n) for n in piece) for piece in pieces]
+    video.requires_grad_()
     texts = [prompt.text for prompt in batch.prompts]
     found = rewards.weighted_rewards(run.terms, video, texts, cfg.decode_chunk, batch.scale)
     # d loss / d reward: -1 / B, and with a hinge nothing for the videos that reached the target
@@ -565,7 +618,7 @@ def score(run: Run, batch: Batch, x):
     if cfg.reward_target is not None:
         slope = slope * (found["reward"] < cfg.reward_target)
     v = video.grad * slope[:, None, None, None, None]
-    del video, decoded
+    del video
     x = x.detach().requires_grad_()
     for piece, pull in zip(pieces, v.split(sizes, dim=1), strict=True):
         run.model.decode(x, piece).backward(pull)
@@ -573,14 +626,13 @@ def score(run: Run, batch: Batch, x):
 
 
 # SWAP: your gradient estimator. It may draw with batch.generator, and call `rollout` and `score` again.
-def walk_back(run: Run, batch: Batch, latents, g) -> float:
+def walk_back(run: Run, batch: Batch, latents, g):
     """Backward of `rollout`: accumulate LoRA gradients, one guidance branch of one trained step at a time.
 
     latents: T + 1, (B, C, F, H, W); g: d loss / d latents[-1]. Through a step's input goes cfg.coupling of
-    the gradient: 1 is exact (DRaFT-K), 0 detaches it (DRTune). Returns the trained steps' mean squared change
-    of output from the base model's (0 when cfg.kl_weight is 0).
+    the gradient: 1 is exact (DRaFT-K), 0 detaches it (DRTune).
     """
-    cfg, model, schedule, change = run.cfg, run.model, run.schedule, 0.0
+    cfg, model, schedule = run.cfg, run.model, run.schedule
     w, earliest = model.guidance(cfg.guidance_scale, g.shape[2]), min(batch.trained)
     branches = [(batch.cond, w), (batch.uncond, 1 - w)]
     if cfg.detach_uncond or cfg.guidance_scale == 1:
@@ -593,16 +645,9 @@ def walk_back(run: Run, batch: Batch, latents, g) -> float:
         x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)
         for cond, share in branches:
             f = model.denoise(c * x, t, cond)
-            pull = share * b * g
-            if cfg.kl_weight and cond is batch.cond:
-                with torch.no_grad(), model.denoiser.disable_adapter():
-                    difference = f.detach() - model.denoise(c * x, t, cond)
-                pull = pull + batch.scale * cfg.kl_weight * 2 * difference / difference.numel()
-                change += difference.square().mean().item() / len(batch.trained)
-            f.backward(pull)
+            f.backward(share * b * g)
             del f  # before the next branch builds its graph
         g = a * g if x.grad is None else a * g + cfg.coupling * x.grad
-    return change
 
 
 # ---- 6. Files and resume -----------------------------------------------------------------------------------
@@ -616,80 +661,131 @@ def write_whole(path: Path, content: str | bytes):
 
 def save_lora(model, folder: Path):
     """Write the LoRA for `PeftModel.from_pretrained`, and for stock `load_lora_weights` where it works."""
-    staging = folder.with_name("tmp-lora")
+    staging, config = folder.with_name("tmp-lora"), model.denoiser.peft_config["default"]
+    # for whoever loads the LoRA: a hub id, never a path of this machine
+    config.base_model_name_or_path = Path(model.source).name if Path(model.source).exists() else model.source
     model.denoiser.save_pretrained(staging, save_embedding_layers=False)
     if model.lora_pipeline:
         weights = peft.get_peft_model_state_dict(model.denoiser, save_embedding_layers=False)
         weights = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
-        config = model.denoiser.peft_config["default"].to_dict()
-        given = {f"{model.folder}_lora_layers": weights, f"{model.folder}_lora_adapter_metadata": config}
+        given = {f"{model.folder}_lora_layers": weights}
+        given[f"{model.folder}_lora_adapter_metadata"] = config.to_dict()
         model.lora_pipeline.save_lora_weights(staging, **given)
-    folder.mkdir(exist_ok=True)
-    for file in staging.iterdir():
-        os.replace(file, folder / file.name)
-    staging.rmdir()
+    for file in staging.iterdir():  # whole, and as readable as others: safetensors' own are private
+        write_whole(folder / file.name, file.read_bytes())
+    shutil.rmtree(staging)
+
+
+def to_json(value) -> str:
+    """Json, which has no NaN and no infinity: null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), ensure_ascii=False)
 
 
 def read_metrics(out: Path) -> list[dict]:
-    """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
+    """The rows of metrics.jsonl; a last line that a kill cut short is left out. Raises BadInput."""
     path = out / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    with reading(f"{path} is damaged: give another --out"):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return sorted(rows, key=lambda row: int(row["step"]))
 
 
 def append_metrics(out: Path, row: dict):
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(to_json(row) + "\n")
 
 
-def open_run(cfg: Config) -> dict | None:
-    """The checkpoint to go on from, if there is one. Raises BadInput when --out is not for this run."""
-    out, may_change = Path(cfg.out), ("resume", "steps", "eval_every")
-    if cfg.mode != "train" or not (out / "config.json").exists():
-        free = not out.exists() or all(file.name.startswith("tmp-") for file in out.glob("*"))
-        return need(free and not out.is_file(), f"{out} is not empty: give another --out, or remove it")
+def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | None]:
+    """What must stay the same when a run goes on, and the checkpoint in --out or None. Raises BadInput."""
+    free = {"out", "resume", "steps", "eval_every", "tracker", "device", "prompts", "eval_prompts"}
+    now = {name: value for name, value in vars(cfg).items() if name not in free}
+    used = [(text, Path(image).read_bytes() if image else None) for text, image in prompts]
+    now |= {"processes": ranks()[1], "prompts_sha256": hashlib.sha256(repr(used).encode()).hexdigest()}
+    out, file = Path(cfg.out), Path(cfg.out) / "checkpoint" / "state.pt"
+    found = {path.name for path in out.glob("[!.]*") if not path.name.startswith("tmp-")}
+    run = cfg.mode == "train" and "config.json" in found
+    updates = max([row["step"] for row in read_metrics(out)], default=0) if run else 0
+    if not found or run and updates < 2 and not file.exists():  # or it ended before its first update did
+        return now, None
+    need(run, f"{out} is not empty: give another --out, or remove it")
     need(cfg.resume, f"{out} holds a run: add --resume to go on with it, or give another --out")
-    stored = json.loads((out / "config.json").read_text())
-    changed = [name for name, value in vars(cfg).items() if stored.get(name) != value]
-    other = " ".join(f"--{name} {stored.get(name)}" for name in changed if name not in may_change)
-    need(not other, f"{out} was started with {other}: resume it with that, or give another --out")
-    file = out / "checkpoint" / "state.pt"
-    return torch.load(file, map_location="cpu", weights_only=True) if file.exists() else None
+    then, anew = rewards.read_json(out / "config.json"), f"go on with --lora {out}/lora and another --out"
+    for name, value in now.items():
+        old = then.get(name)
+        same = old == value or isinstance(old, str) and Path(old).exists() and Path(old).samefile(value)
+        said = {"prompts_sha256": "other prompts", "processes": f"{old} processes"}.get(
+            name, f"--{name} {old}"
+        )
+        said = f"without --{name}" if old is None else f"with {said}"
+        need(same, f"{out} was started {said}: resume it so, or give another --out")
+    with reading(f"{file} is gone or damaged: {anew}"):
+        need(zipfile.ZipFile(file).testzip() is None, f"{file} is damaged: {anew}")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        need(state["step"] <= cfg.steps, f"{out} has {state['step']} updates: give --steps as many, or more")
+        need(updates, f"{out} has lost its metrics.jsonl: {anew}")
+        return now, state
+
+
+@contextlib.contextmanager
+def open_run(cfg: Config, prompts: list[Prompt]):
+    """Hold --out for this process alone -> what `find_checkpoint` found. Raises BadInput."""
+    out, found = Path(cfg.out), find_checkpoint(cfg, prompts)
+    with contextlib.ExitStack() as stack:
+        with reading(f"--out {out} is in use by another process, or can't be written: give another"):
+            out.mkdir(parents=True, exist_ok=True)
+            if ranks()[0] == 0:
+                stack.enter_context(FileLock(out / ".lock", timeout=0))
+                write_whole(out / "tmp-room", bytes(1 << 20))
+                for left in out.glob("tmp-*"):  # by a kill
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield found
 
 
 def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], reward=None) -> Run:
     """Load the rewards (not in sample mode), encode the prompts, then load denoiser, LoRA and VAE."""
-    terms = {getattr(reward, "__name__", "custom"): (1.0, reward)} if reward else {}
+    if ranks()[1] > 1:
+        # nothing to time out: the others wait while the first evaluates
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(days=365))
+        if cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the float32 adapters
+    terms, texts = {cfg.reward: (1.0, reward)} if reward else {}, [prompt.text for prompt in prompts]
+    toy = find_model(cfg.model)[2].get("rewards")
     if cfg.mode != "sample" and not reward:
-        texts, how = [prompt.text for prompt in prompts], (cfg.device, DTYPES[cfg.dtype], cfg.reward_weights)
+        how = (cfg.device, DTYPES[cfg.dtype], [cfg.reward_weights, toy])
         terms = rewards.make_terms(cfg.reward, *how, texts)
     model = family(source, cfg.device, DTYPES[cfg.dtype])
     run = Run(cfg, model, model.schedule(cfg), terms, {})
+    # a reward that can't score, or has no gradient, shows on noise, before anything large loads
+    train, texts = cfg.mode == "train", texts[: cfg.batch_size]
+    picks = pick_latent_frames(run, generator_for(0)) if train else range(cfg.num_frames)
+    frames = sum(model.frames_in(n) for n in picks) if train else cfg.num_frames
+    noise = torch.rand(len(texts), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
+    rewards.weighted_rewards(terms, noise, texts, cfg.decode_chunk, 1.0 if train else None)
     bring(run, denoiser=False, scoring=False)  # room for the text encoder, maybe the largest part of all
-    run.conds = model.encode([*dict.fromkeys(prompts), Prompt("")], cfg)
+    run.conds = model.encode([*dict.fromkeys(prompts), Prompt(cfg.negative_prompt)], cfg)
     model.load()
-    add_lora(model, cfg)
+    if cfg.lora or cfg.mode == "train":
+        add_lora(model, cfg)
     if cfg.checkpointing:
         model.recompute()
-    say = print if os.environ.get("RANK", "0") == "0" else lambda text: None
-    if cfg.reward_weights == TOY and terms and not reward:
-        say("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
+    if toy and terms and not reward:
+        print("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
     if not PAGE.exists():
-        say("there is no page.html beside vader.py, so there will be no page")
+        print("there is no page.html beside vader.py, so there will be no page")
     size = sum(p.numel() for p in lora_parameters(model).values()) / 1e6
-    say(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {size:.2f} M LoRA weights, {cfg.reward}, {cfg.out}")
+    print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {size:.2f} M LoRA weights, {cfg.reward}, {cfg.out}")
     return run
 
 
 def bring(run: Run, denoiser=False, scoring=False):
     """On the device: the denoiser? what scores (the VAE, the rewards)? All else waits in host memory."""
-    start, parts = time.time(), [(run.model.denoiser, denoiser), (run.model.vae, scoring)]
+    parts = [(run.model.denoiser, denoiser), (run.model.vae, scoring)]
     for _, reward in run.terms.values():
         parts += [(network, scoring) for network in getattr(reward, "networks", ())]
     for part, wanted in sorted(parts, key=lambda entry: entry[1]):  # first make room
         if part is not None:
             part.to(run.model.device if wanted else "cpu")
-    run.moving += time.time() - start
 
 
 # ---- 7. Evaluation and page --------------------------------------------------------------------------------
@@ -711,10 +807,7 @@ def make_videos(run: Run, prompts: list[Prompt], first=0):
     noise = torch.stack([torch.randn(model.latent_shape(cfg), generator=g) for g in draws]).to(model.device)
     latents = rollout(run, make_batch(run, prompts, noise, draws[0]))[-1]
     bring(run, denoiser=not cfg.offload, scoring=True)
-    # a VAE that compresses time needs what came before a frame, so it gets all, and goes through it by itself
-    size = cfg.decode_chunk if model.frames_per_latent == 1 else latents.shape[2]
-    chunks = torch.arange(latents.shape[2]).split(size)
-    return torch.cat([model.decode(latents, picks.tolist()) for picks in chunks], dim=1)
+    return model.decode(latents, range(latents.shape[2]))
 
 
 @torch.no_grad()
@@ -724,11 +817,8 @@ def evaluate(run: Run, prompts: list[Prompt], folder: str) -> dict:
     for first in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"videos {folder}", leave=False):
         batch = prompts[first : first + cfg.batch_size]
         videos = make_videos(run, batch, first)
-        found = rewards.weighted_rewards(run.terms, videos, [p.text for p in batch], cfg.decode_chunk)
-        if run.model.images != "no" and batch[0].image:
-            starts = torch.stack([read_image(prompt.image, cfg.height, cfg.width) for prompt in batch])
-            difference = (videos[:, 0].cpu() - starts).abs().mean((1, 2, 3))
-            found["first frame's difference from the image"] = difference
+        texts = [prompt.text for prompt in batch]
+        found = rewards.weighted_rewards(run.terms, videos, texts, cfg.decode_chunk) if run.terms else {}
         for name, values in found.items():
             result.setdefault(name, []).extend(values.tolist())
         for n, video in enumerate(videos, first):
@@ -738,7 +828,7 @@ def evaluate(run: Run, prompts: list[Prompt], folder: str) -> dict:
 
 def paired_gain(base: list[float], tuned: list[float]) -> tuple[float, float]:
     """Mean of the differences between videos of the same prompt and noise, and its standard error."""
-    gains = np.subtract(tuned, base)
+    gains = np.array(tuned, dtype=float) - np.array(base, dtype=float)  # null, in a file, is NaN
     error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
     return float(gains.mean()), float(error)
 
@@ -750,36 +840,27 @@ def summary(base: list[float], tuned: list[float]) -> str:
 
 
 def write_page(cfg: Config, rows: list[dict]):
-    """index.html, which is page.html, and its data: rows of metrics.jsonl; comparison.png: base | tuned."""
-    out, evaluations = Path(cfg.out), [row["eval"] for row in rows if "eval" in row]
-    strips = []
-    for n in range(min(6, len(evaluations[-1]["prompts"]))):
-        files = [out / evaluations[which]["folder"] / f"{n:03d}.mp4" for which in (0, -1)]
-        films = [iio.imread(file, plugin="FFMPEG") for file in files]
-        stills = [frame for film in films for frame in film[evenly_spaced(3, len(film)), ::2, ::2]]
-        strips.append(np.concatenate(stills, axis=1))
-    write_whole(out / "comparison.png", iio.imwrite("<bytes>", np.concatenate(strips), extension=".png"))
-    data = json.dumps({"config": vars(cfg), "rows": rows, "toy": cfg.reward_weights == TOY})
-    write_whole(out / "data.js", f"window.run = {data};\n")
+    """index.html, which is page.html, and its data: the rows of metrics.jsonl."""
+    data = to_json({"config": vars(cfg), "rows": rows, "toy": "rewards" in find_model(cfg.model)[2]})
+    write_whole(Path(cfg.out) / "data.js", f"window.run = {data};\n")
     if PAGE.exists():
-        write_whole(out / "index.html", PAGE.read_bytes())
+        write_whole(Path(cfg.out) / "index.html", PAGE.read_bytes())
 
 
 # ---- 8. Training -------------------------------------------------------------------------------------------
 def micro_batch(run: Run, prompts: list[Prompt], step: int, number: int, scale=1.0):
-    """Rollout, score, walk back: adds to the LoRA's gradients -> rewards' figures, `walk_back`'s change."""
+    """Rollout, score, walk back: adds to the LoRA's gradients -> the rewards' figures, {name: (B,)}."""
     cfg, model, generator = run.cfg, run.model, generator_for(run.cfg.seed, step, number)
     noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=generator).to(model.device)
     picks, trained = pick_latent_frames(run, generator), trained_steps(run, generator)
     batch = make_batch(run, prompts, noise, generator, picks, trained, scale)
     bring(run, denoiser=True, scoring=not cfg.offload)
-    # half precision has no room for the LoRA's small changes, so there it stays beside the base weights
-    with merged(model) if cfg.dtype == "fp32" else contextlib.nullcontext():
-        latents = rollout(run, batch)
+    latents = rollout(run, batch)
     bring(run, denoiser=not cfg.offload, scoring=True)
     found, g = score(run, batch, latents[-1])
     bring(run, denoiser=True, scoring=not cfg.offload)
-    return found, walk_back(run, batch, latents, g)
+    walk_back(run, batch, latents, g)
+    return found
 
 
 # SWAP: your optimiser.
@@ -787,17 +868,18 @@ def make_optimizer(run: Run):
     return torch.optim.AdamW(lora_parameters(run.model).values(), lr=run.cfg.lr, weight_decay=0.01)
 
 
-def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None, rank=0, world=1) -> dict:
-    """One step on the gradient of grad_accum batches a rank, where it is finite -> row of metrics.jsonl."""
-    cfg, start, moving, kl, found = run.cfg, time.time(), run.moving, 0.0, {}
-    scaler = scaler or torch.amp.GradScaler(cfg.device, enabled=False)
+def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None) -> dict:
+    """One step on the gradient of grad_accum batches a process, where finite -> row of metrics.jsonl."""
+    cfg, start, found, (rank, world) = run.cfg, time.time(), {}, ranks()
+    scaler = scaler or torch.amp.GradScaler(run.model.device, enabled=False)
+    if run.model.device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()  # or it is that of encoding the prompts
     parameters = list(lora_parameters(run.model).values())
     optimizer.zero_grad()
     for m in range(cfg.grad_accum):
         number = (step * cfg.grad_accum + m) * world + rank
         chosen = batch_prompts(prompts, cfg, number)
-        values, change = micro_batch(run, chosen, step, number, scaler.get_scale() / cfg.grad_accum)
-        kl += change / cfg.grad_accum
+        values = micro_batch(run, chosen, step, number, scaler.get_scale() / cfg.grad_accum)
         for name, value in values.items():
             found.setdefault(name, []).extend(value.tolist())
     if world > 1:
@@ -809,110 +891,112 @@ def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None, r
     if math.isfinite(norm):
         scaler.step(optimizer)
     scaler.update()
-    memory = torch.cuda.max_memory_reserved() if cfg.device == "cuda" else psutil.Process().memory_info().rss
-    row = {"step": step + 1} | {name: float(np.mean(values)) for name, values in found.items()}
-    row |= {"grad_norm": norm, "kl": kl, "seconds": time.time() - start, "memory_gb": memory / 1e9}
-    return row | ({"offload_seconds": run.moving - moving} if cfg.offload else {})
+    cuda = run.model.device.startswith("cuda")
+    memory = torch.cuda.max_memory_reserved() if cuda else psutil.Process().memory_info().rss
+    row = {"step": step + 1, "prompts": [prompt.text for prompt in chosen]}
+    row |= {name: float(np.mean(values)) for name, values in found.items()}
+    return row | {"grad_norm": norm, "seconds": time.time() - start, "memory_gb": memory / 1e9}
 
 
 def train(cfg: Config, reward=None) -> list[dict]:
     """Fine-tune a LoRA on cfg.reward, or on your own function (frames, prompts) -> (B,); see rewards.py.
 
-    Returns the rows of metrics.jsonl. Raises BadInput, FloatingPointError after ten bad gradients in a row.
+    Returns the rows of metrics.jsonl. Raises BadInput, and FloatingPointError when the base model's reward or
+    ten gradients in a row are not finite. Stopped, `train(replace(cfg, resume=True))` goes on.
     """
-    # settings, ranks, output folder
+    # settings, prompts, output folder
     cfg, source, family = resolve(cfg, reward)
-    prompts, held_out = split_prompts(cfg, family.images == "must")
+    prompts, held_out = split_prompts(cfg, family)
+    out, (rank, world) = Path(cfg.out), ranks()
     eval_prompts = [held_out[n % len(held_out)] for n in range(cfg.eval_videos)]
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1:
-        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(hours=2))
-        if cfg.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    main_rank, out = rank == 0, Path(cfg.out)
-    state = open_run(cfg)
+    with open_run(cfg, prompts + held_out) as (now, state):
+        # rewards, model, optimiser, checkpoint
+        run = load_run(cfg, source, family, prompts + held_out, reward)
+        model, optimizer, step, skipped, in_a_row = run.model, make_optimizer(run), 0, 0, 0
+        scaler = torch.amp.GradScaler(model.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
+        if state:
+            step, skipped = state["step"], state["skipped"]
+            model.denoiser.load_state_dict(state["lora"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            scaler.load_state_dict(state["scaler"])
+        if world > 1:
+            dist.barrier()  # all have looked into the output folder
+        if rank == 0:
+            versions = {part.__name__: part.__version__ for part in (torch, diffusers, peft, transformers)}
+            write_whole(out / "config.json", json.dumps(vars(cfg) | now | {"versions": versions}, indent=1))
+            # rows after the checkpoint will be made again
+            rows = [to_json(row) + "\n" for row in read_metrics(out) if state and row["step"] <= step]
+            write_whole(out / "metrics.jsonl", "".join(rows))
+            tracked = cfg.tracker != "none"
+            log = borrow("tracker", "--tracker")["make_tracker"](cfg) if tracked else lambda row: None
+            steps = trained_steps(run, generator_for(cfg.seed))
+            leverage = {i: round(run.schedule.leverage(i), 3) for i in steps}
+            print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
+        evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
 
-    # rewards, model, optimiser, checkpoint
-    run = load_run(cfg, source, family, prompts + held_out, reward)
-    model, optimizer = run.model, make_optimizer(run)
-    scaler = torch.amp.GradScaler(cfg.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
-    first, skipped, in_a_row = 0, 0, 0
-    if state:
-        first, skipped = state["step"], state["skipped"]
-        model.denoiser.load_state_dict(state["lora"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-    if world > 1:
-        dist.barrier()  # all have looked into the output folder
-    if main_rank:
-        versions = {module.__name__: module.__version__ for module in (torch, diffusers, peft, transformers)}
-        write_whole(out / "config.json", json.dumps(vars(cfg) | {"versions": versions}, indent=1))
-        # rows after the checkpoint will be made again
-        rows = [json.dumps(row) + "\n" for row in read_metrics(out) if row["step"] <= first]
-        write_whole(out / "metrics.jsonl", "".join(rows))
-        steps = trained_steps(run, generator_for(cfg.seed))
-        leverage = {i: round(run.schedule.leverage(i), 3) for i in steps}
-        print(f"leverage of the steps that train (the video hardly moves where it is under 0.05): {leverage}")
-    evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
-
-    with tqdm(total=cfg.steps, initial=first, desc="train", disable=not main_rank) as bar:
-        for step in range(first, cfg.steps + 1):
+        while True:
             # evaluate: before the first update, every eval_every, after the last
-            if main_rank and (step % cfg.eval_every == 0 or step == cfg.steps) and step not in evaluated:
-                with contextlib.nullcontext() if step else model.denoiser.disable_adapter():
-                    evaluated[step] = evaluate(run, eval_prompts, f"samples/step_{step:06d}")
-                append_metrics(out, {"step": step, "eval": evaluated[step]})
+            if held_out and (step % cfg.eval_every == 0 or step == cfg.steps) and step not in evaluated:
+                if rank == 0:
+                    found = evaluated[step] = evaluate(run, eval_prompts, f"samples/step_{step:06d}")
+                    if step == 0 and not np.isfinite(found["reward"]).all():
+                        raise FloatingPointError(f"{cfg.reward} of the videos before training is not finite")
+                    append_metrics(out, {"step": step, "eval": found})
+                    log({"step": step, "eval": found})
+                    change = summary(evaluated[min(evaluated)]["reward"], found["reward"])
+                    print(f"update {step}: held-out reward {change}" + f"; base: {cfg.lora}" * bool(cfg.lora))
+            if rank == 0 and evaluated:
                 write_page(cfg, read_metrics(out))
-                change = summary(evaluated[0]["reward"], evaluated[step]["reward"])
-                bar.write(f"update {step}: held-out reward {change}")
             if step == cfg.steps:
                 break
-
-            row = update(run, prompts, step, optimizer, scaler, rank, world)
-            finite = math.isfinite(row["grad_norm"])
-            in_a_row, skipped = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
-            if in_a_row == 10:
-                prompt = batch_prompts(prompts, cfg, ((step + 1) * cfg.grad_accum - 1) * world + rank)[0].text
-                where = f"update {step + 1}, prompt {prompt!r}, seed {cfg.seed}"
-                raise FloatingPointError(f"ten gradients in a row not finite, at {where}; lower --lr")
-            if main_rank:
-                append_metrics(out, row | {"skipped": skipped})
-                save_lora(model, out / "lora")
-                state = dict(step=step + 1, skipped=skipped, scaler=scaler.state_dict())
-                state["lora"] = {name: p.detach() for name, p in lora_parameters(model).items()}
-                state["optimizer"] = optimizer.state_dict()
-                torch.save(state, file := io.BytesIO())
-                write_whole(out / "checkpoint" / "state.pt", file.getvalue())
-            shown = ("reward", "grad_norm", "seconds", "offload_seconds", "memory_gb")
-            bar.set_postfix({name: f"{row[name]:.3g}" for name in shown if name in row}, refresh=False)
-            bar.update()
-    if main_rank:
+            stop = min(cfg.steps, (step // cfg.eval_every + 1) * cfg.eval_every)
+            how = dict(initial=step, total=cfg.steps, desc="train", disable=rank > 0)
+            with tqdm(range(step, stop), **how) as bar:
+                for step in bar:
+                    row = update(run, prompts, step, optimizer, scaler)
+                    finite = math.isfinite(row["grad_norm"])
+                    in_a_row, skipped = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
+                    if in_a_row == 10:
+                        what = "gradients" if math.isfinite(row["reward"]) else f"rewards ({cfg.reward})"
+                        where = f"at update {step + 1}, prompts {row['prompts']}, seed {cfg.seed}"
+                        way = f"mend the reward, or lower --lr, with --lora {out}/lora and another --out"
+                        raise FloatingPointError(f"ten {what} in a row not finite, {where}: {way}")
+                    if rank == 0:
+                        append_metrics(out, row | {"skipped": skipped})
+                        log(row)
+                        save_lora(model, out / "lora")
+                        state = dict(step=step + 1, skipped=skipped, scaler=scaler.state_dict())
+                        state["lora"] = {name: p.detach() for name, p in lora_parameters(model).items()}
+                        state["optimizer"] = optimizer.state_dict()
+                        torch.save(state, file := io.BytesIO())
+                        write_whole(out / "checkpoint" / "state.pt", file.getvalue())
+                    shown = ("reward", "grad_norm", "seconds", "memory_gb")
+                    bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
+            step = stop
         print(f"done: open {next(out.glob('index.html'), out)}; the LoRA is in {out / 'lora'}")
-    if world > 1:
-        dist.destroy_process_group()
-    return read_metrics(out)
+        if world > 1:
+            dist.destroy_process_group()
+        return read_metrics(out)
 
 
 # ---- 9. Command line ---------------------------------------------------------------------------------------
 def apply_lora(cfg: Config):
-    """--mode sample: a video per prompt, prompts.json names them. --mode eval: base and tuned, eval.json."""
+    """--mode sample: a video per prompt, in the folder tuned, or base without --lora. --mode eval: both."""
     cfg, source, family = resolve(cfg)
-    prompts, out = read_prompts(cfg.prompts, family.images == "must"), Path(cfg.out)
-    open_run(cfg)
-    run = load_run(cfg, source, family, prompts)
-    if cfg.mode == "sample":
-        evaluate(run, prompts, ".")
-        named = {f"{n:03d}.mp4": prompt.text for n, prompt in enumerate(prompts)}
-        write_whole(out / "prompts.json", json.dumps(named, indent=1, ensure_ascii=False))
-        return print(f"{len(prompts)} videos in {out}")
-    with run.model.denoiser.disable_adapter():
-        base = evaluate(run, prompts, "base")
-    tuned = evaluate(run, prompts, "tuned")
-    write_whole(out / "eval.json", json.dumps({"config": vars(cfg), "base": base, "tuned": tuned}))
-    for name in list(base)[2:]:  # all but the folder and the prompts
-        print(f"{name}: {summary(base[name], tuned[name])}")
-    write_page(cfg, [{"step": 0, "eval": base}, {"step": 1, "eval": tuned}])
-    print(f"done: open {next(out.glob('index.html'), out)}")
+    prompts, rows = read_prompts(cfg.prompts, family), []
+    with open_run(cfg, []):
+        run = load_run(cfg, source, family, prompts)
+        if cfg.lora and cfg.mode == "eval":
+            with run.model.denoiser.disable_adapter():
+                rows = [{"step": 0, "eval": evaluate(run, prompts, "base")}]
+        rows += [{"step": len(rows), "eval": evaluate(run, prompts, "tuned" if cfg.lora else "base")}]
+        for row in rows:
+            append_metrics(Path(cfg.out), row)
+        write_page(cfg, rows)
+        first, last = rows[0]["eval"], rows[-1]["eval"]
+        for name in [*first][2:]:  # all but the folder and the prompts
+            print(f"{name}: {summary(first[name], last[name])}")
+        print(f"done: {len(prompts)} videos in {cfg.out}/{last['folder']}")
 
 
 def parse_args(argv: list[str] | None = None) -> Config:
@@ -929,6 +1013,8 @@ def parse_args(argv: list[str] | None = None) -> Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line. The exit code is 0; after one line, 2 for bad input, 1 when it was stopped."""
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     for library in (transformers, diffusers):  # their loading bars and reports of unused weights
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
@@ -941,10 +1027,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except FloatingPointError as error:
         print(f"vader.py: stopped: {error}", file=sys.stderr)
-    except KeyboardInterrupt:
-        print("\nvader.py: stopped; a training run goes on with --resume added", file=sys.stderr)
+    except KeyboardInterrupt:  # where another script has called this
+        print(f"\n{STOPPED}", end="", file=sys.stderr)
     return 1
 
 
-if __name__ == "__main__" and "__file__" in globals():
+if SCRIPT:
     sys.exit(main())

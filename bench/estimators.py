@@ -38,24 +38,22 @@ def renoise(run, latents, generator):
     return alpha**0.5 * clean + (1 - alpha) ** 0.5 * noise
 
 
-def redraw(run, batch, latents, g=None, walk_back=vader.walk_back, found=None) -> float:
+def redraw(run, batch, latents, g=None, walk_back=vader.walk_back, found=None):
     """DRaFT-LV (Clark et al. 2023, sec. 4.2): DRAWS times, noise the clean video anew and redo the last step.
 
-    Takes and returns what `vader.walk_back` does, and can stand in its place. Each draw has the reward's
+    Takes what `vader.walk_back` does, and can stand in its place. Each draw has the reward's
     gradient of its own clean video, so g goes unused. found: a list for the draws' rewards, (B,) each.
     """
     tables = {name: getattr(run.schedule, name)[-1:] for name in "tabcs"}
-    last, change = dataclasses.replace(run, schedule=vader.Schedule(**tables)), 0.0
+    last = dataclasses.replace(run, schedule=vader.Schedule(**tables))
     for _ in range(DRAWS):
         x = renoise(run, latents, batch.generator)
         again = batch._replace(noise=x, trained=[0], scale=batch.scale / DRAWS)
-        with vader.merged(run.model):
-            redone = vader.rollout(last, again)
+        redone = vader.rollout(last, again)
         values, g = vader.score(last, again, redone[-1])
-        change += walk_back(last, again, redone, g) / DRAWS
+        walk_back(last, again, redone, g)
         if found is not None:
             found.append(values["reward"])
-    return change
 
 
 def redraw_update(run, prompts, step, optimizer) -> dict:
@@ -65,8 +63,7 @@ def redraw_update(run, prompts, step, optimizer) -> dict:
     noise = torch.randn(len(chosen), *run.model.latent_shape(run.cfg), generator=generator)
     picks = vader.pick_latent_frames(run, generator)
     batch = vader.make_batch(run, chosen, noise.to(run.model.device), generator, picks)
-    with vader.merged(run.model):
-        latents = vader.rollout(run, batch)
+    latents = vader.rollout(run, batch)
     optimizer.zero_grad()
     found = []
     redraw(run, batch, latents, found=found)

@@ -103,8 +103,11 @@ def without_weights(memory: LiveStorages | None = None):
         finally:
             torch.set_default_dtype(before)
 
-    def tokenizer(cls, folder, **_):
-        file = Path(folder).parent / "text_encoder" / "config.json"
+    def load(kind, source, flag, subfolder="", dtype=None, more=""):
+        return kind.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+
+    def tokenizer(cls, folder, subfolder="", **_):
+        file = (Path(folder) / subfolder).parent / "text_encoder" / "config.json"
         longest = json.loads(file.read_text()).get("max_position_embeddings", 512) if file.exists() else 77
         special = dict(pad_token="<pad>", eos_token="</s>", unk_token="?", model_max_length=longest)
         special["tokenizer_object"] = Tokenizer(WordLevel(words, unk_token="?"))
@@ -139,6 +142,7 @@ def without_weights(memory: LiveStorages | None = None):
             (torch, "load", lambda *_, **__: {"state_dict": {}}),
             (torch.nn.Module, "load_state_dict", lambda *_, **__: None),
             *([(torch.nn.Module, "to", to)] if memory else []),
+            (rewards, "load", load),
             (rewards, "fetch", found),
             (rewards, "frozen", as_on_a_gpu),
         ):

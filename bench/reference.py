@@ -42,8 +42,7 @@ def one_graph(run, batch):
 
 def cut(run, batch):
     """The same by the trainer's rollout, score and walk back."""
-    with vader.merged(run.model):
-        latents = vader.rollout(run, batch)
+    latents = vader.rollout(run, batch)
     _, g = vader.score(run, batch, latents[-1])
     vader.walk_back(run, batch, latents, g)
 

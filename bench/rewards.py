@@ -75,15 +75,15 @@ def train(spec: str) -> dict:
 def cross(spec: str) -> dict:
     """One row of cross.csv: what training on `spec` did to each reward, on prompts never trained on."""
     out = RUNS / ("cross-" + folder(spec).name)
-    if not (out / "eval.json").exists():
+    if not (out / "metrics.jsonl").exists():
         flags = f"--lora {folder(spec)}/lora --out {out} --prompts {HERE.parent}/tiny/unseen.txt"
         run(f"--mode eval --reward '{' + '.join(SUM)}' {flags}")
-    result = json.loads((out / "eval.json").read_text())
-    row = {"trained on": spec}
+    rows = [json.loads(line)["eval"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = {"trained on": spec}
     for name in SUM:
-        base, tuned = (np.array(result[side][name]) for side in ("base", "tuned"))
-        row[name] = f"{(tuned - base).mean() / base.std(ddof=1):+.2f}"
-    return row
+        base, tuned = (np.array(row[name]) for row in rows)
+        found[name] = f"{(tuned - base).mean() / base.std(ddof=1):+.2f}"
+    return found
 
 
 def write(path: Path, rows: list[dict]):

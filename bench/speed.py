@@ -2,7 +2,6 @@
 
     python bench/speed.py                  # tiny model, 25 steps, 5 pairs
     python bench/speed.py --model modelscope --batch_size 1
-    python bench/speed.py --merging        # against the same update without merging the LoRA for the rollout
 
 Both use the same model, noise, prompts, number of steps and guidance, and decode the same frames. Beyond that
 an update has the reward, one recomputed step with gradient, and AdamW. Prints seconds of each pair, and the
@@ -10,11 +9,9 @@ ratio's median, lowest and highest.
 """
 
 import argparse
-import contextlib
 import sys
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 from diffusers import DDIMScheduler, TextToVideoSDPipeline
@@ -34,8 +31,8 @@ def timed(function, device):
     return time.perf_counter() - start
 
 
-def compare(model: str, reward: str, steps: int, batch_size: int, pairs: int, merging=False) -> list[tuple]:
-    """[(seconds of an update, seconds of the other)] for each pair, after one pair to warm up."""
+def compare(model: str, reward: str, steps: int, batch_size: int, pairs: int) -> list[tuple]:
+    """[(seconds of an update, seconds of the stock pipeline)] for each pair, after one pair to warm up."""
     cfg = vader.Config(
         model=model, reward=reward, num_inference_steps=steps, batch_size=batch_size, grad_accum=1
     )
@@ -60,18 +57,12 @@ def compare(model: str, reward: str, steps: int, batch_size: int, pairs: int, me
             latents = pipe(batch, **size, **guidance, output_type="latent").frames
             pipe.decode_latents(latents[:, :, frames])
 
-    def unmerged(step):
-        with mock.patch.object(vader, "merged", contextlib.nullcontext):
-            vader.update(run, prompts, step, optimizer, scaler)
-
-    found, other = [], unmerged if merging else stock
+    found = []
     for step in range(pairs + 1):
         ours = timed(lambda: vader.update(run, prompts, step, optimizer, scaler), cfg.device)  # noqa: B023
-        theirs = timed(lambda: other(step), cfg.device)  # noqa: B023
+        theirs = timed(lambda: stock(step), cfg.device)  # noqa: B023
         if step:
-            print(
-                f"update {ours:.2f} s, {other.__name__} {theirs:.2f} s, ratio {ours / theirs:.3f}", flush=True
-            )
+            print(f"update {ours:.2f} s, stock {theirs:.2f} s, ratio {ours / theirs:.3f}", flush=True)
             found.append((ours, theirs))
     return found
 
@@ -83,9 +74,8 @@ def main():
     parser.add_argument("--steps", type=int, default=25, help="denoising steps")
     parser.add_argument("--batch_size", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--merging", action="store_true", help="against an update without it")
     args = parser.parse_args()
-    found = compare(args.model, args.reward, args.steps, args.batch_size, args.pairs, args.merging)
+    found = compare(args.model, args.reward, args.steps, args.batch_size, args.pairs)
     ratios = sorted(ours / theirs for ours, theirs in found)
     print(f"ratio: median {ratios[len(ratios) // 2]:.3f}, from {ratios[0]:.3f} to {ratios[-1]:.3f}")
 

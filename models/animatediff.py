@@ -3,6 +3,7 @@
 import diffusers
 import torch
 
+import rewards
 from vader import PUBLISHED, TextToVideoUNet, read_config, tabulate
 
 
@@ -40,9 +41,9 @@ class AnimateDiff(TextToVideoUNet):
 
     def load(self):
         if not self.in_one(self.source):
-            where = dict(subfolder="unet", dtype=self.dtype)
-            unet = diffusers.UNet2DConditionModel.from_pretrained(self.source, **where)
-            adapter = diffusers.MotionAdapter.from_pretrained(self.motion)
+            how = dict(flag="--model", dtype=self.dtype)
+            unet = rewards.load(diffusers.UNet2DConditionModel, self.source, subfolder="unet", **how)
+            adapter = rewards.load(diffusers.MotionAdapter, self.motion, **how)
             self.denoiser = diffusers.UNetMotionModel.from_unet2d(unet, adapter).to(self.dtype)
         super().load()
 

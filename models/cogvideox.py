@@ -38,9 +38,12 @@ class CogVideoX(TextToVideoUNet):
         scheduler.set_timesteps(cfg.num_inference_steps)
         return tabulate(scheduler)
 
+    @property
+    def max_tokens(self):
+        return read_config(self.source, "transformer/config.json")["max_text_seq_length"]
+
     def encode_text(self, pipe, text):
-        length = read_config(self.source, "transformer/config.json")["max_text_seq_length"]
-        how = dict(do_classifier_free_guidance=False, max_sequence_length=length, device=self.device)
+        how = dict(do_classifier_free_guidance=False, max_sequence_length=self.max_tokens, device=self.device)
         return {"encoder_hidden_states": pipe.encode_prompt(text, **how)[0][0]}
 
     def denoise(self, x, t, cond):

@@ -5,16 +5,19 @@ import math
 import diffusers
 import torch
 
+import rewards
 from rewards import need
 from vader import (
     PUBLISHED,
     TextToVideoUNet,
+    borrow,
     generator_for,
     read_config,
-    read_image,
     straight_through_clamp,
     tabulate,
 )
+
+pictures = borrow("images", "image to video")
 
 
 class LTX(TextToVideoUNet):
@@ -30,6 +33,8 @@ class LTX(TextToVideoUNet):
     multiple, frame_multiple = 32, 8
     scale, frames_per_latent = 32, 8
     stochastic, images = False, "may"
+    open_image = staticmethod(pictures["open_image"])
+    max_tokens = 128
     frame_rate = 25  # frames per second, told to the denoiser
     decode_timestep, decode_noise_scale = 0.05, 0.025  # for a VAE that takes a timestep (0.9.1 and later)
 
@@ -47,7 +52,7 @@ class LTX(TextToVideoUNet):
         return tabulate(scheduler)
 
     def encode_text(self, pipe, text):
-        how = dict(do_classifier_free_guidance=False, max_sequence_length=128, device=self.device)
+        how = dict(do_classifier_free_guidance=False, max_sequence_length=self.max_tokens, device=self.device)
         states, mask, *_ = pipe.encode_prompt(text, **how)
         return {"encoder_hidden_states": states[0], "encoder_attention_mask": mask[0].bool()}
 
@@ -55,11 +60,10 @@ class LTX(TextToVideoUNet):
     def encode(self, prompts, cfg):
         conds, starts = super().encode(prompts, cfg), [prompt for prompt in prompts if prompt.image]
         if starts:
-            vae = self.vae_class.from_pretrained(self.source, subfolder="vae", dtype=self.dtype)
-            vae.to(self.device)
+            vae = rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype).to(self.device)
             mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
         for prompt in starts:
-            picture = read_image(prompt.image, cfg.height, cfg.width)[None, :, None] * 2 - 1
+            picture = pictures["read_image"](prompt.image, cfg.height, cfg.width)[None, :, None] * 2 - 1
             latent = vae.encode(picture.to(self.device, self.dtype)).latent_dist.mode()[0].float()
             conds[prompt]["image"] = (latent - mean) / std  # (C, 1, H / 32, W / 32)
         return conds

@@ -2,7 +2,6 @@
 
 import diffusers
 import torch
-from PIL import Image
 
 from vader import (
     HERE,
@@ -10,12 +9,14 @@ from vader import (
     TINY,
     Prompt,
     TextToVideoUNet,
+    borrow,
     generator_for,
     read_config,
-    read_image,
     straight_through_clamp,
     tabulate,
 )
+
+pictures = borrow("images", "image to video")
 
 
 class StableVideoDiffusion(TextToVideoUNet):
@@ -29,7 +30,8 @@ class StableVideoDiffusion(TextToVideoUNet):
     checkpointed = ("SpatioTemporalResBlock", "TransformerSpatioTemporalModel")
     checkpointed += ("BasicTransformerBlock", "TemporalBasicTransformerBlock")  # within: 2.7 GB less
     vae_checkpointed = ("SpatioTemporalResBlock",)
-    stochastic, images = False, "must"
+    stochastic, images, inputs = False, "must", 2
+    open_image = staticmethod(pictures["open_image"])
     grad_steps = "strongest"  # the last of 25 steps has a leverage of 0.002, the strongest 0.29
     # the model's own defaults: frames per second less one, how much moves, noise on the image
     time_ids = (6.0, 127.0, 0.02)
@@ -43,8 +45,8 @@ class StableVideoDiffusion(TextToVideoUNet):
 
     @torch.no_grad()
     def encode(self, prompts, cfg):
-        stock, unused = diffusers.StableVideoDiffusionPipeline, dict(unet=None, scheduler=None)
-        pipe = stock.from_pretrained(self.source, **unused, dtype=self.dtype).to(self.device)
+        parts = ("image_encoder", "feature_extractor", "vae")
+        pipe = self.stock(diffusers.StableVideoDiffusionPipeline, *parts)
         # in half precision this encoder overflows on some images
         precise = torch.float32 if self.dtype == torch.float16 else self.dtype
         pipe.vae.to(dtype=precise)
@@ -52,9 +54,13 @@ class StableVideoDiffusion(TextToVideoUNet):
         for prompt in prompts:
             if prompt.image is None:
                 continue
-            picture = Image.open(prompt.image).convert("RGB")
+            picture = self.open_image(prompt.image)
             noise = torch.randn(1, 3, cfg.height, cfg.width, generator=generator_for("image noise"))
-            start = read_image(prompt.image, cfg.height, cfg.width)[None] * 2 - 1 + self.time_ids[2] * noise
+            start = (
+                pictures["read_image"](prompt.image, cfg.height, cfg.width)[None] * 2
+                - 1
+                + self.time_ids[2] * noise
+            )
             latents = pipe.vae.encode(start.to(self.device, precise)).latent_dist.mode()[0]
             conds[prompt] = {
                 "embedding": pipe._encode_image(picture, self.device, 1, False)[0],  # (1, D)
@@ -76,7 +82,8 @@ class StableVideoDiffusion(TextToVideoUNet):
         return self.denoiser(x, t.to(self.device), **given, return_dict=False)[0].transpose(1, 2).float()
 
     def decode(self, latents, picks):
-        """As in vader.py. This VAE mixes frames: those decoded together see each other, no others."""
+        """As in vader.py. This VAE mixes frames: neighbours decoded together see each other, no others."""
+        picks = list(picks)
         picked = latents[:, :, picks].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
         together = len(picks) if picks == list(range(picks[0], picks[0] + len(picks))) else 1
         pictures = self.vae.decode(picked.to(self.dtype), num_frames=together).sample.float()

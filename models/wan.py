@@ -22,7 +22,7 @@ class Wan(TextToVideoUNet):
     vae_checkpointed = ()  # its blocks keep a cache: see `recompute`
     multiple, frame_multiple = 16, 4
     scale, frames_per_latent = 8, 4
-    stochastic = False
+    stochastic, max_tokens = False, 512
     grad_steps = "strongest"  # the last step has a leverage of 0.009, the strongest of 30 has 0.095
 
     def schedule(self, cfg):
@@ -34,7 +34,7 @@ class Wan(TextToVideoUNet):
         return tabulate(scheduler)
 
     def encode_text(self, pipe, text):
-        how = dict(do_classifier_free_guidance=False, max_sequence_length=512, device=self.device)
+        how = dict(do_classifier_free_guidance=False, max_sequence_length=self.max_tokens, device=self.device)
         return {"encoder_hidden_states": pipe.encode_prompt(text, **how)[0][0]}
 
     def recompute(self):
