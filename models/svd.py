@@ -33,6 +33,7 @@ class StableVideoDiffusion(TextToVideoUNet):
     stochastic, images, inputs = False, "must", 2
     open_image = staticmethod(pictures["open_image"])
     grad_steps = "strongest"  # the last of 25 steps has a leverage of 0.002, the strongest 0.29
+    together = 7 * 4 * 72 * 128  # numbers in the latents decoded at once: half a video of the native size
     # the model's own defaults: frames per second less one, how much moves, noise on the image
     time_ids = (6.0, 127.0, 0.02)
 
@@ -82,9 +83,17 @@ class StableVideoDiffusion(TextToVideoUNet):
         return self.denoiser(x, t.to(self.device), **given, return_dict=False)[0].transpose(1, 2).float()
 
     def decode(self, latents, picks):
-        """As in vader.py. This VAE mixes frames: neighbours decoded together see each other, no others."""
-        picks = list(picks)
-        picked = latents[:, :, picks].transpose(1, 2).flatten(0, 1) / self.vae.config.scaling_factor
-        together = len(picks) if picks == list(range(picks[0], picks[0] + len(picks))) else 1
-        pictures = self.vae.decode(picked.to(self.dtype), num_frames=together).sample.float()
-        return straight_through_clamp(pictures / 2 + 0.5).unflatten(0, (-1, len(picks)))
+        """As in vader.py. This VAE mixes frames: neighbours decoded together see each other, no others.
+
+        A video is decoded in halves at its native size, in one piece where it is small, as by the stock
+        pipeline with such a `decode_chunk_size`. With gradient, neighbours in `picks` are one piece.
+        """
+        picks, scaled = list(picks), latents / self.vae.config.scaling_factor
+        neighbours = picks == list(range(picks[0], picks[0] + len(picks)))
+        size = len(picks) if torch.is_grad_enabled() else self.together // scaled[:, :, 0, :, :].numel()
+        size, parts = max(1, size if neighbours else 1), []
+        for chunk in (picks[first : first + size] for first in range(0, len(picks), size)):
+            piece = scaled[:, :, chunk].transpose(1, 2).flatten(0, 1).to(self.dtype)
+            pictures = self.vae.decode(piece, num_frames=len(chunk)).sample.float()
+            parts.append(pictures.unflatten(0, (-1, len(chunk))))
+        return straight_through_clamp(torch.cat(parts, dim=1) / 2 + 0.5)

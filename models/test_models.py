@@ -33,6 +33,8 @@ from conftest import (
 )
 from vader import HERE, BadInput, Config, Prompt
 
+IMAGES = str(HERE / "tiny" / "images.jsonl")
+
 # ---- Builders ----------------------------------------------------------------------------------------------
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 LATENT_VAE = dict(
@@ -231,7 +233,7 @@ def stock_frames(pipe, run, given):
     how["num_inference_steps"] = cfg.num_inference_steps
     images = [Image.open(prompt.image).convert("RGB") for prompt in given.prompts if prompt.image]
     if isinstance(pipe, diffusers.StableVideoDiffusionPipeline):
-        how |= dict(max_guidance_scale=cfg.guidance_scale, decode_chunk_size=1)
+        how |= dict(max_guidance_scale=cfg.guidance_scale)
         parts = []
         for image, n in zip(images, noise.transpose(1, 2), strict=True):  # it wants pictures of one size
             draw = vader.generator_for("image noise")
@@ -256,11 +258,9 @@ def stock_frames(pipe, run, given):
 
 
 def whole_video(model, latents):
-    """All frames; where a latent frame is one frame, decoded one by one, as SVD is told to."""
-    every = list(range(latents.shape[2]))
+    """All frames, as evaluation decodes them."""
     with torch.no_grad():
-        parts = [[n] for n in every] if model.frames_per_latent == 1 else [every]
-        return torch.cat([model.decode(latents, part) for part in parts], dim=1)
+        return model.decode(latents, range(latents.shape[2]))
 
 
 def our_frames(run, given):
@@ -332,7 +332,7 @@ def test_training_end_to_end(other):
 
 @pytest.mark.parametrize("name", ["tiny-i2v", "tiny-wan"])
 def test_tiny_models_equal_their_stock_pipelines(name):
-    prompts = PROMPTS if name == "tiny-wan" else vader.read_prompts(str(HERE / "tiny" / "images.jsonl"))
+    prompts = PROMPTS if name == "tiny-wan" else vader.read_prompts(IMAGES)
     run = load(Config(model=name, reward="colorful"), randomise=False, prompts=prompts[:2])
     given = batch(run, prompts[:2])
     ours = our_frames(run, given)
@@ -346,6 +346,22 @@ def test_tiny_models_equal_their_stock_pipelines(name):
         starts = torch.stack([read_image(prompt.image, 64, 64) for prompt in prompts[:2]])
         first, last = ((ours[:, n] - starts).abs().mean() for n in (0, 7))
         assert first < 0.03 and last > 2 * first  # it starts from the image, and then it moves
+
+
+def test_svd_decodes_a_large_video_in_pieces_as_stock(checkpoints, monkeypatch):
+    cfg, prompts = Config(model="tiny-i2v", reward="colorful"), vader.read_prompts(IMAGES)[:1]
+    run = load(cfg, randomise=False, prompts=prompts)
+    model, pipe = run.model, stock_pipeline("svd", replace(run.cfg, model=run.model.source))
+    latents = torch.randn(1, *model.latent_shape(run.cfg))
+    for together, size in ((4 * 8 * 8 * 3, 3), (4 * 8 * 8 * 8, 8)):
+        monkeypatch.setattr(type(model), "together", together)
+        theirs = pipe.decode_latents(latents.transpose(1, 2), 8, decode_chunk_size=size)
+        ours = whole_video(model, latents)
+        torch.testing.assert_close(
+            ours[0], (theirs[0].transpose(0, 1) / 2 + 0.5).clamp(0, 1), rtol=0, atol=1e-5
+        )
+    alone = torch.cat([model.decode(latents, [n]) for n in range(8)], dim=1)
+    assert (alone - ours).abs().mean() > 1e-3  # so it matters
 
 
 def test_cogvideox_decodes_large_frames_in_tiles(checkpoints):
