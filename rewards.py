@@ -175,12 +175,16 @@ def load(kind, source: str, flag: str, subfolder="", dtype=None, more="$"):
     with reading(f"{flag}: the {kind.__name__} in {folder} is damaged, get it again"):
         if not network:
             need("tokenizer.json" not in files or read_json(folder / "tokenizer.json")["model"]["vocab"], "")
-            return kind.from_pretrained(folder, local_files_only=True)
+            return kind.from_pretrained(str(folder), local_files_only=True)
         variant = "fp16" if ".fp16" in files[0] else None
-        made, info = kind.from_pretrained(folder, dtype=dtype, variant=variant, output_loading_info=True)
+        made, info = kind.from_pretrained(str(folder), dtype=dtype, variant=variant, output_loading_info=True)
     odd = [key for key in info["unexpected_keys"] if not re.match(f"{more}|.*position_ids$", key)]
     odd += [*info["missing_keys"], *info["mismatched_keys"]]
-    odd += [key for key, w in made.state_dict().items() if w.is_floating_point() and not w.isfinite().all()]
+    odd += [
+        key
+        for key, w in made.state_dict().items()
+        if w.is_floating_point() and not w.is_meta and not w.isfinite().all()
+    ]
     said = f"{flag}: {len(odd)} weights of the {kind.__name__} in {folder} are missing, odd or not finite"
     need(not odd, f"{said}, as {min(map(str, odd), default='')}: get it again")
     return made

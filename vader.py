@@ -663,7 +663,9 @@ def save_lora(model, folder: Path):
     """Write the LoRA for `PeftModel.from_pretrained`, and for stock `load_lora_weights` where it works."""
     staging, config = folder.with_name("tmp-lora"), model.denoiser.peft_config["default"]
     # for whoever loads the LoRA: a hub id, never a path of this machine
-    config.base_model_name_or_path = Path(model.source).name if Path(model.source).exists() else model.source
+    base = Path(model.source).name if Path(model.source).exists() else model.source
+    model.denoiser.get_base_model().register_to_config(_name_or_path=base)
+    config.base_model_name_or_path = base
     model.denoiser.save_pretrained(staging, save_embedding_layers=False)
     if model.lora_pipeline:
         weights = peft.get_peft_model_state_dict(model.denoiser, save_embedding_layers=False)

@@ -38,4 +38,6 @@ def compare(seed: int, size=(3, 12, 20)) -> tuple[float, float]:
 if __name__ == "__main__":
     for seed in range(3):
         difference, cosine = compare(seed)
-        print(f"seed {seed}: {255 * difference:.2f} of 255 levels, gradient's cosine {cosine:.5f}", flush=True)
+        print(
+            f"seed {seed}: {255 * difference:.2f} of 255 levels, gradient's cosine {cosine:.5f}", flush=True
+        )
