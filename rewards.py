@@ -4,8 +4,8 @@
     returns: (B,) float32, higher is better, one number per video, differentiable with respect to frames
 
 `reward.frames` says what it wants to see: 1 for an image reward (a mean over any frames), n for a clip of n
-evenly spaced frames, "all" for every frame. `weights` is None for the published weights, or a folder with a
-sub-folder of the reward's name that holds the same files. A `make` with a parameter `arg` gets what follows
+evenly spaced frames, "all" for every frame. `weights` is None for the published weights, or the folder that
+holds the same files, DIR/name of `--reward_weights DIR`. A `make` with a parameter `arg` gets what follows
 the colon in `--reward name:arg`; when that has no default, it must be given.
 Optional: `reward.report`, {name: (B,)} figures of the last call to log beside the reward;
 `reward.check(prompts)`, called once before training, which raises BadInput when it can't work with them;
@@ -52,8 +52,6 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ---- 1. Shared pieces --------------------------------------------------------------------------------------
-
-
 class BadInput(ValueError):
     """A setting or file that can't be used; its message is one line that says what to do."""
 
@@ -72,11 +70,8 @@ def hub_problem(error: Exception, source: str) -> str:
     offline = "check the network, or take --model tiny, needing none"
     rows = [
         (hub.GatedRepoError, f"accept its terms on huggingface.co/{source}, then run `hf auth login`"),
-        (
-            hub.RepositoryNotFoundError,
-            "no such folder, nor on the hub: check it; if private: `hf auth login`",
-        ),
-        (hub.HFValidationError, "no such folder, and it can't be a hub id: check the spelling"),
+        (hub.RepositoryNotFoundError, "no such folder, nor on the hub: check it, or run `hf auth login`"),
+        (hub.HFValidationError, "no such folder, and no hub id either: check the spelling"),
         (hub.LocalTokenNotFoundError, "run `hf auth login`"),
         (hub.OfflineModeIsEnabled, f"it is not in the cache, and HF_HUB_OFFLINE is set: {offline}"),
         (hub.HfHubHTTPError, refused.get(status, f"the hub answers {status}: try again later")),
@@ -133,13 +128,8 @@ def read_json(path: Path) -> dict:
 
 # Files of weights: (fp16 or not, of how many, kind). What a tokenizer can't do without.
 WEIGHTS = r"(?:diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(?:-\d+-of-(\d+))?(\.safetensors|\.bin)"
-VOCABULARIES = (
-    {"tokenizer.json"},
-    {"vocab.json", "merges.txt"},
-    {"spiece.model"},
-    {"tokenizer.model"},
-    {"preprocessor_config.json"},
-)
+VOCABULARIES = [{"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"}, {"tokenizer.model"}]
+VOCABULARIES += [{"preprocessor_config.json"}]  # that of a processor
 
 
 def pick_files(names, network: bool, half: bool) -> list[str]:
@@ -169,9 +159,8 @@ def load(kind, source: str, flag: str, subfolder="", dtype=None, more="$"):
         files = pick_files(names, network, half)
         for name in [*filter(re.compile(r"[^/]*\.(json|txt|model)").fullmatch, names), *files]:
             fetch(source, prefix + name, flag)
-    need(
-        files, f"{flag}: {folder} lacks {'weights' if network else 'its vocabulary'}, or a part: get it again"
-    )
+    what = "weights" if network else "its vocabulary"
+    need(files, f"{flag}: {folder} lacks {what}, or a part of that: get it again")
     with reading(f"{flag}: the {kind.__name__} in {folder} is damaged, get it again"):
         if not network:
             need("tokenizer.json" not in files or read_json(folder / "tokenizer.json")["model"]["vocab"], "")
@@ -180,11 +169,8 @@ def load(kind, source: str, flag: str, subfolder="", dtype=None, more="$"):
         made, info = kind.from_pretrained(str(folder), dtype=dtype, variant=variant, output_loading_info=True)
     odd = [key for key in info["unexpected_keys"] if not re.match(f"{more}|.*position_ids$", key)]
     odd += [*info["missing_keys"], *info["mismatched_keys"]]
-    odd += [
-        key
-        for key, w in made.state_dict().items()
-        if w.is_floating_point() and not w.is_meta and not w.isfinite().all()
-    ]
+    state = {key: w for key, w in made.state_dict().items() if w.is_floating_point() and not w.is_meta}
+    odd += [key for key, w in state.items() if not w.isfinite().all()]
     said = f"{flag}: {len(odd)} weights of the {kind.__name__} in {folder} are missing, odd or not finite"
     need(not odd, f"{said}, as {min(map(str, odd), default='')}: get it again")
     return made
@@ -260,11 +246,6 @@ def frozen(network, device, dtype, blocks=()):
     return network.to(device, dtype).eval().requires_grad_(False)
 
 
-def source(weights, name, hub):
-    """Where reward `name` loads from: its folder in `weights`, else its hub id."""
-    return hub if weights is None else str(Path(weights) / name)
-
-
 def plain(text: str) -> str:
     """Lower case, without articles: people write "playing the piano" where the label is "playing piano"."""
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower()).split())
@@ -279,15 +260,7 @@ def pick_label(names, wanted: str, what: str) -> int:
     return numbers[plain(wanted)]
 
 
-def need_frames(frames, least: int, name: str):
-    """Raises BadInput when a clip (B, N, 3, H, W) is too short for a reward."""
-    if frames.shape[1] < least:
-        raise BadInput(f"{name} needs at least {least} frames: raise --decode_frames or --num_frames")
-
-
 # ---- 2. Image rewards --------------------------------------------------------------------------------------
-
-
 class AestheticHead(nn.Module):
     """LAION's aesthetic predictor: linear layers, dropouts between, no activations (layers.0/2/4/6/7)."""
 
@@ -306,10 +279,8 @@ def make_aesthetic(device, dtype, weights=None):
 
     Source: github.com/christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE`.
     """
-    path = fetch(
-        source(weights, "aesthetic", "trl-lib/ddpo-aesthetic-predictor"), "aesthetic-model.pth", "aesthetic"
-    )
-    model = source(weights, "aesthetic", "openai/clip-vit-large-patch14")
+    path = fetch(weights or "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "aesthetic")
+    model = weights or "openai/clip-vit-large-patch14"
     more = r"text_|logit_scale"  # of a whole CLIP
     clip = load(CLIPVisionModelWithProjection, model, "aesthetic", dtype=dtype, more=more)
     head = AestheticHead(clip.config.projection_dim)
@@ -344,18 +315,19 @@ def image_text_reward(network, embed_image, embed_text):
     return reward
 
 
-def load_clip(model, text_model, flag, device, dtype):
-    """A transformers CLIP: the model, (n, 3, S, S) -> (n, D), and a prompt -> (1, D)."""
+def load_clip(model, text_model, flag, device, dtype, cropped=False):
+    """A transformers CLIP: the model, frames (B, N, 3, H, W) -> (B * N, D), and a prompt -> (1, D)."""
     tokenizer = load(CLIPTokenizer, text_model, flag)
-    clip = load(CLIPModel, model, flag, dtype=dtype)
-    clip = frozen(clip, device, dtype, ("CLIPEncoderLayer",))
+    clip = frozen(load(CLIPModel, model, flag, dtype=dtype), device, dtype, ("CLIPEncoderLayer",))
+    size, length = clip.config.vision_config.image_size, clip.config.text_config.max_position_embeddings
+    how = dict(short_side=True, crop=size) if cropped else {}
+    fill = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
 
-    def embed_image(pixels):
-        return clip.visual_projection(clip.vision_model(pixel_values=pixels.to(dtype)).pooler_output)
+    def embed_image(frames):
+        pixels = preprocess(frames, size, CLIP_MEAN, CLIP_STD, **how).to(dtype)
+        return clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
 
     def embed_text(prompt):
-        length = clip.config.text_config.max_position_embeddings
-        fill = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
         return clip.text_projection(clip.text_model(**tokenizer(prompt, **fill).to(device)).pooler_output)
 
     return clip, embed_image, embed_text
@@ -363,27 +335,16 @@ def load_clip(model, text_model, flag, device, dtype):
 
 def make_clip(device, dtype, weights=None, arg=None):
     """Cosine of frame and prompt by CLIP (Radford et al. 2021), -1 to 1. arg: a hub id, else ViT-L/14."""
-    model = arg or source(weights, "clip", "openai/clip-vit-large-patch14")
-    clip, embed_image, embed_text = load_clip(model, model, "clip", device, dtype)
-    size = clip.config.vision_config.image_size
-
-    def prepared(frames):
-        return embed_image(preprocess(frames, size, CLIP_MEAN, CLIP_STD))
-
-    return image_text_reward(clip, prepared, embed_text)
+    model = arg or weights or "openai/clip-vit-large-patch14"
+    return image_text_reward(*load_clip(model, model, "clip", device, dtype))
 
 
 def make_pickscore(device, dtype, weights=None):
     """PickScore (Kirstain et al. 2023): exp(logit scale) x cosine / 100, about 0.2."""
-    model = source(weights, "pickscore", "yuvalkirstain/PickScore_v1")
-    text_model = source(weights, "pickscore", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
-    clip, embed_image, embed_text = load_clip(model, text_model, "pickscore", device, dtype)
-    size, scale = clip.config.vision_config.image_size, exact(clip.logit_scale).exp() / 100
-
-    def prepared(frames):
-        return embed_image(preprocess(frames, size, CLIP_MEAN, CLIP_STD, short_side=True, crop=size))
-
-    cosine = image_text_reward(clip, prepared, embed_text)
+    model = weights or "yuvalkirstain/PickScore_v1"
+    text_model = weights or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    clip, *embed = load_clip(model, text_model, "pickscore", device, dtype, cropped=True)
+    cosine, scale = image_text_reward(clip, *embed), exact(clip.logit_scale).exp() / 100
 
     def reward(frames, prompts):
         return scale * cosine(frames, prompts)
@@ -398,9 +359,8 @@ def make_hps(device, dtype, weights=None, arg=None):
     Source: github.com/tgxs002/HPSv2. A folder may bring an open_clip_config.json, else it is a ViT-H-14.
     """
     files = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
-    if (arg or "2.1") not in files:
-        raise BadInput(f"no HPS version {arg!r}: there are hps:2.1 (as plain hps) and hps:2.0")
-    folder = source(weights, "hps", "xswu/HPSv2")
+    need((arg or "2.1") in files, f"no HPS version {arg!r}: there are hps:2.1 (as plain hps) and hps:2.0")
+    folder = weights or "xswu/HPSv2"
     path, own = fetch(folder, files[arg or "2.1"], "hps"), Path(folder) / "open_clip_config.json"
     name, config = "ViT-H-14", open_clip.get_model_config("ViT-H-14")
     if own.exists():
@@ -428,12 +388,9 @@ def make_remove(device, dtype, weights=None, *, arg):
     Sum over queries of p sigmoid((p - 0.2) / 0.05), p being the object's softmax probability: a faint
     detection counts for little and still has a gradient. Reports the detections above 0.2 as `count`.
     """
-    model = source(weights, "remove", "hustvl/yolos-base")
-    yolos = load(YolosForObjectDetection, model, "remove", dtype=dtype)
-    config = yolos.config
-    number = pick_label(config.id2label, arg, "object")
+    yolos = load(YolosForObjectDetection, weights or "hustvl/yolos-base", "remove", dtype=dtype)
+    number, side = pick_label(yolos.config.id2label, arg, "object"), min(512, yolos.config.image_size[0])
     yolos = frozen(yolos, device, dtype, ("YolosLayer",))
-    side = min(512, config.image_size[0])
 
     def reward(frames, prompts):
         height, width = frames.shape[-2:]
@@ -504,15 +461,13 @@ def make_compressible(device, dtype, weights=None):
 
 
 # ---- 3. Clip rewards ---------------------------------------------------------------------------------------
-
-
 def make_action(device, dtype, weights=None, arg=None):
     """Log probability of an action by VideoMAE (Tong et al. 2022), from 0 down. arg: a Kinetics-400 name.
 
     Without arg each prompt must hold the name of an action; the longest counts. Reports `probability`.
     """
-    model = source(weights, "action", "MCG-NJU/videomae-base-finetuned-kinetics")
-    network = load(VideoMAEForVideoClassification, model, "action", dtype=dtype)
+    source = weights or "MCG-NJU/videomae-base-finetuned-kinetics"
+    network = load(VideoMAEForVideoClassification, source, "action", dtype=dtype)
     config = network.config
     fixed = None if arg is None else pick_label(config.id2label, arg, "action")
     network, size = frozen(network, device, dtype, ("VideoMAELayer",)), config.image_size
@@ -598,13 +553,13 @@ def make_vjepa(device, dtype, weights=None):
     Averaged over two short-range masks (8 blocks of 15 %) and two long-range ones (2 of 70 %), the same ones
     at every call. Wants all frames (an odd last one is left out); --decode_frames 16 bounds what that costs.
     """
-    model = source(weights, "vjepa", "facebook/vjepa2-vitl-fpc64-256")
-    model = load(VJEPA2Model, model, "vjepa", dtype=dtype)
+    model = load(VJEPA2Model, weights or "facebook/vjepa2-vitl-fpc64-256", "vjepa", dtype=dtype)
     model = frozen(model, device, dtype, ("VJEPA2Layer",))
     side, patch, tube = model.config.crop_size, model.config.patch_size, model.config.tubelet_size
 
     def reward(frames, prompts):
-        need_frames(frames, tube, "vjepa")
+        long = frames.shape[1] >= tube
+        need(long, f"vjepa needs at least {tube} frames: raise --decode_frames or --num_frames")
         n = frames.shape[1] // tube * tube
         crop = dict(short_side=True, crop=side, mode="bilinear")
         pixels = preprocess(frames[:, :n], side * 256 // 224, IMAGENET_MEAN, IMAGENET_STD, **crop)
@@ -631,7 +586,7 @@ def make_smooth(device, dtype, weights=None):
     """
 
     def reward(frames, prompts):
-        need_frames(frames, 3, "smooth")
+        need(frames.shape[1] >= 3, "smooth needs at least 3 frames: raise --decode_frames or --num_frames")
         first = coarse(frames).diff(dim=1)
         second = first.diff(dim=1)
         # the small number is a change of 1/100 of the range: less than that is still
@@ -645,7 +600,7 @@ def make_dynamic(device, dtype, weights=None):
     """How much moves: mean absolute difference of neighbouring frames at 16 x 16, in percent. No network."""
 
     def reward(frames, prompts):
-        need_frames(frames, 2, "dynamic")
+        need(frames.shape[1] >= 2, "dynamic needs at least 2 frames: raise --decode_frames or --num_frames")
         return 100 * coarse(frames).diff(dim=1).abs().mean((1, 2, 3, 4))
 
     reward.frames = "all"
@@ -653,7 +608,6 @@ def make_dynamic(device, dtype, weights=None):
 
 
 # ---- 4. Names and weighted sums ----------------------------------------------------------------------------
-
 # SWAP: your reward. Name it here, and `--reward name`, `--reward "name:arg"` and sums with it work.
 REWARDS = {
     "aesthetic": make_aesthetic,
@@ -678,15 +632,14 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
     terms, shape = [], r"\s*(?:(-?\d+(?:\.\d*)?|-?\.\d+)\s*\*)?\s*([A-Za-z_]\w*)\s*(?::\s*(.*\S))?\s*"
     for term in spec.split("+"):
         found, said = re.fullmatch(shape, term), term.strip()
-        if not found:
-            raise BadInput(f'can\'t read {said!r} in --reward {spec!r}: write "aesthetic + 0.5*colorful"')
+        need(found, f'can\'t read {said!r} in --reward {spec!r}: write "aesthetic + 0.5*colorful"')
         weight, name, arg = found.groups()
         if name not in REWARDS:
             near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0)[0]
             known = ", ".join(REWARDS)
             raise BadInput(f"unknown reward {name!r}: did you mean {near!r}? There are: {known}")
-        if (name, arg) in [earlier[1:] for earlier in terms]:
-            raise BadInput(f"{said!r} stands twice in --reward {spec!r}: give it one weight")
+        twice = (name, arg) in [earlier[1:] for earlier in terms]
+        need(not twice, f"{said!r} stands twice in --reward {spec!r}: give it one weight")
         need(abs(float(weight or 1)) <= 1e9, f"{said[:60]!r} in --reward: give a weight from -1e9 to 1e9")
         takes = inspect.signature(REWARDS[name]).parameters.get("arg")
         need(takes or not arg, f"{name} takes nothing after the colon: --reward {name}")
@@ -704,7 +657,7 @@ def make_terms(spec: str, device, dtype, weights=None, prompts: list[str] = ()) 
     """
     terms, folders = {}, [weights] if isinstance(weights, str) else weights or []
     for weight, name, arg in parse(spec):
-        own = next((folder for folder in folders if folder and (Path(folder) / name).is_dir()), None)
+        own = next((str(Path(f) / name) for f in folders if f and (Path(f) / name).is_dir()), None)
         reward = REWARDS[name](device, dtype, weights=own, **({"arg": arg} if arg else {}))
         if hasattr(reward, "check"):
             reward.check(prompts)

@@ -127,7 +127,7 @@ def bad_inputs(folder: Path):
         "no pipeline": (["--model", f"{folder}/folder"], "no model_index.json"),
         "other pipeline": (["--model", f"{folder}/other"], "FluxPipeline"),
         "broken pipeline": (["--model", f"{folder}/broken"], "is damaged, get it again"),
-        "lora missing": (["--lora", f"{folder}/folder"], "no adapter_model.safetensors"),
+        "lora missing": (["--lora", f"{folder}/folder"], "no adapter_config.json"),
         "out in use": (["--out", str(folder)], "not empty"),
         "unreachable": (["--model", "someone/something"], "--model tiny"),
     }
@@ -418,7 +418,7 @@ def test_a_lora_of_another_model_or_a_damaged_one_is_refused(loaded, tmp_path, c
     for damaged in (dict(list(weights.items())[1:]), {k: w / 0 for k, w in weights.items()}, {}):
         save_file(damaged, file)
         with pytest.raises(BadInput, match="damaged"):
-            vader.check_lora(folder, model.skeleton(model.source), {})
+            vader.check_lora(folder, model.skeleton(model.source))
 
 
 # ---- 5. Rollout, score, walk back --------------------------------------------------------------------------

@@ -93,7 +93,7 @@ class Config:
     guidance_scale: float | None = arg(None, "classifier-free guidance; 1 is off, half the time")
     eta: float = arg(0.0, "share of noise added at each DDIM step; 0 is deterministic")
     timestep_spacing: Literal["trailing", "leading", "linspace"] = arg("trailing", "leading hardly trains")
-    # the gradient
+    # the gradient and the objective
     backprop_steps: int = arg(1, "K, denoising steps that get a gradient; costs time, not memory")
     grad_steps: Literal["auto", "last", "spread", "random", "strongest"] = arg("auto", "auto is the model's")
     coupling: float = arg(1.0, "share of the gradient through a step's input; 1 is exact, K = 1 ignores it")
@@ -102,7 +102,6 @@ class Config:
     decode_chunk: int = arg(1, "frames decoded at once; costs memory")
     checkpointing: bool | None = arg(None, "recompute activations: less memory, more time; default on a GPU")
     offload: bool = arg(False, "what is idle waits in host memory: less memory, more time")
-    # the objective
     reward_target: float | None = arg(None, "hinge: a video whose reward is above this gets no gradient")
     reward_weights: str | None = arg(None, "folder with sub-folders of rewards, to load these from")
     # the optimiser and the LoRA
@@ -146,10 +145,8 @@ FAMILIES = {
 
 
 # What a pipeline may have: no second transformer, no setting that changes what is computed.
-PARTS = (
-    "unet transformer vae scheduler tokenizer text_encoder image_encoder feature_extractor motion_adapter "
-)
-PARTS = {*PARTS.split(), "safety_checker", "requires_safety_checker"}
+PARTS = "unet transformer vae scheduler tokenizer text_encoder image_encoder feature_extractor"
+PARTS = {*PARTS.split(), "motion_adapter", "safety_checker", "requires_safety_checker"}
 
 
 def check_fields(cfg: Config):
@@ -218,10 +215,12 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     found["dtype"] = "bf16" if bf16 else "fp16" if cuda else "fp32"
     found["out"] = f"runs/{label}" if cfg.mode == "train" else f"runs/{cfg.mode}-{label}"
     given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto")}
-    given |= {"lora_targets": cfg.lora_targets.replace(" ", "")} if cfg.lora_targets else {}
     skeleton = family.skeleton(source)  # raises when the checkpoint needs code that the family lacks
     if cfg.lora:
-        found |= check_lora(cfg.lora, skeleton, given)
+        found |= (own := check_lora(cfg.lora, skeleton))
+        for key in own.keys() & given.keys():
+            same = {*str(given[key]).replace(" ", "").split(",")} == {*str(own[key]).split(",")}
+            need(same, f"--{key} {given[key]}: the LoRA in --lora has {own[key]}, leave the flag out")
     found |= given | {"model": model, "device": device, "reward": name}
     cfg = replace(cfg, **{name: found[name] for name in vars(cfg).keys() & found.keys()})
 
@@ -237,38 +236,30 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     need(not (unguided and cfg.negative_prompt), "--negative_prompt: there is no guidance by text here")
     names = [f".{name}" for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)]
     for target in [] if cfg.lora else cfg.lora_targets.split(","):
-        here = any(name.endswith(f".{target}") for name in names)
+        here = any(name.endswith(f".{target.strip()}") for name in names)
         need(here, f"--lora_targets {target}: no linear layer's name ends so, there is {names[-1][1:]}")
     there = [name for name in rewards.REWARDS if Path(cfg.reward_weights or "", name).is_dir()]
     need(there or not cfg.reward_weights, f"--reward_weights {cfg.reward_weights}: no reward's folder there")
     ready = cfg.tracker == "none" or importlib.util.find_spec(cfg.tracker)
     need(ready, f"--tracker {cfg.tracker} is not installed: pip install {cfg.tracker}")
     family(source, device, DTYPES[cfg.dtype]).schedule(cfg)  # raises for a sampler that is no line
-    if reward is None:
-        rewards.parse(cfg.reward)
-    else:
-        with reading("your reward must be a function (frames, prompts)"):
-            inspect.signature(reward).bind(None, None)
+    with reading("your reward must be a function (frames, prompts)"):
+        rewards.parse(cfg.reward) if reward is None else inspect.signature(reward).bind(None, None)
     return cfg, source, family
 
 
-def check_lora(folder: str, skeleton: torch.nn.Module, given: dict) -> dict:
-    """The settings of a LoRA, for `given` must not differ. Raises BadInput unless it fits, and is finite."""
-    weights, config = (Path(folder) / f"adapter_{name}" for name in ("model.safetensors", "config.json"))
-    for file in (weights, config):
-        need(file.is_file(), f"--lora {folder}: there is no {file.name}; give a run's lora folder")
+def check_lora(folder: str, skeleton: torch.nn.Module) -> dict:
+    """The settings of a LoRA. Raises BadInput unless it has all matrices for this denoiser, all finite."""
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        need((Path(folder) / name).is_file(), f"--lora {folder}: there is no {name}: give a lora folder")
     with reading(f"--lora {folder} is damaged, or made for another model"):
         config = replace(peft.PeftConfig.from_pretrained(folder), base_model_name_or_path=None)
         fits = peft.get_peft_model_state_dict(peft.get_peft_model(skeleton, config))
-        state, targets = load_file(weights), ",".join(sorted(config.target_modules))
+        state, targets = load_file(Path(folder) / name), ",".join(sorted(config.target_modules))
     good = {k for k, w in state.items() if k in fits and w.shape == fits[k].shape and w.isfinite().all()}
     other = (fits.keys() | state.keys()) - good
     need(not other, f"--lora {folder} was made for another model, or is damaged: {min(other, default='')}")
-    has = dict(lora_rank=config.r, lora_alpha=config.lora_alpha, lora_targets=targets)
-    for name in has.keys() & given.keys():
-        same = sorted(str(given[name]).split(",")) == str(has[name]).split(",")
-        need(same, f"--{name} {given[name]}: the LoRA in --lora has {has[name]}; leave the flag out")
-    return has
+    return dict(lora_rank=config.r, lora_alpha=config.lora_alpha, lora_targets=targets)
 
 
 # ---- 2. Prompts and randomness -----------------------------------------------------------------------------
@@ -365,9 +356,8 @@ class Schedule(NamedTuple):
 def tabulate(scheduler, eta=0.0) -> Schedule:
     """The tables of a diffusers scheduler whose timesteps are set, read off its steps on unit vectors.
 
-    For DDIM on noise prediction (Song et al. 2021, eq. 12 and 16), A = alphas_cumprod of a step, A' of the
-    next: c = 1, a = sqrt(A' / A), b = sqrt(1 - A' - s^2) - sqrt(A' (1 - A) / A). Raises BadInput when a step
-    is not linear in x and f, as where it clips.
+    For DDIM on noise (Song et al. 2021, eq. 12 and 16), A = alphas_cumprod of a step, A' of the next: c = 1,
+    a = sqrt(A' / A), b = sqrt(1 - A' - s^2) - sqrt(A' (1 - A) / A). Raises BadInput where it is not linear.
     """
     for name, value in vars(scheduler).items():
         if isinstance(value, torch.Tensor) and name != "timesteps":
@@ -412,12 +402,10 @@ class TextToVideoUNet:
     vae_checkpointed = ("ResnetBlock2D",)
     multiple, frame_multiple = 8, 1  # of height and width; of the number of frames less one
     scale, frames_per_latent = 8, 1  # pixels in a latent pixel; frames in a latent frame, but the first: one
-    stochastic = True  # the sampler takes --eta
-    grad_steps = "last"  # the default of that setting
+    stochastic, grad_steps = True, "last"  # does the sampler take --eta? the default of that setting
     inputs = 1  # how many latents side by side the denoiser takes
     max_tokens = None  # of a prompt that the text encoder reads; its tokenizer's own limit
-    images = "no"  # is the video made from an image: no, may, must
-    open_image = str  # reads one, where it may
+    images, open_image = "no", str  # is the video made from an image: no, may, must; what reads one
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
@@ -454,12 +442,10 @@ class TextToVideoUNet:
 
     def stock(self, pipeline, *names):
         """A stock pipeline with only these of its parts, on the device. Raises BadInput."""
-        index, needs = read_config(self.source, "model_index.json"), inspect.signature(pipeline).parameters
-        parts = {name: None for name, p in needs.items() if p.default is p.empty}
+        takes = inspect.signature(pipeline).parameters
+        parts = {name: None for name, part in takes.items() if part.default is part.empty}
         for name in names:
-            with reading(f"{self.source}: model_index.json names no {name} that is known"):
-                kind = getattr(importlib.import_module(index[name][0]), index[name][1])
-            parts[name] = rewards.load(kind, self.source, "--model", name, self.dtype)
+            parts[name] = rewards.load(takes[name].annotation, self.source, "--model", name, self.dtype)
         return pipeline(**parts).to(self.device)
 
     def encode_text(self, pipe, text: str) -> dict:
@@ -515,7 +501,7 @@ def add_lora(model, cfg: Config):
         model.denoiser = peft.PeftModel.from_pretrained(model.denoiser, cfg.lora, is_trainable=True)
         return
     torch.manual_seed(cfg.seed)
-    targets = cfg.lora_targets.split(",")
+    targets = [target.strip() for target in cfg.lora_targets.split(",")]
     config = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets)
     model.denoiser = peft.get_peft_model(model.denoiser, config)
 
@@ -670,9 +656,8 @@ def save_lora(model, folder: Path):
     if model.lora_pipeline:
         weights = peft.get_peft_model_state_dict(model.denoiser, save_embedding_layers=False)
         weights = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
-        given = {f"{model.folder}_lora_layers": weights}
-        given[f"{model.folder}_lora_adapter_metadata"] = config.to_dict()
-        model.lora_pipeline.save_lora_weights(staging, **given)
+        given = {"lora_layers": weights, "lora_adapter_metadata": config.to_dict()}
+        model.lora_pipeline.save_lora_weights(staging, **{f"{model.folder}_{k}": v for k, v in given.items()})
     for file in staging.iterdir():  # whole, and as readable as others: safetensors' own are private
         write_whole(folder / file.name, file.read_bytes())
     shutil.rmtree(staging)
@@ -688,8 +673,8 @@ def read_metrics(out: Path) -> list[dict]:
     path = out / "metrics.jsonl"
     with reading(f"{path} is damaged: give another --out"):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return sorted(rows, key=lambda row: int(row["step"]))
+        whole = (json.loads(line) for line in lines if line.endswith("\n"))
+        return sorted(whole, key=lambda row: int(row["step"]))
 
 
 def append_metrics(out: Path, row: dict):
@@ -702,7 +687,7 @@ def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | No
     free = {"out", "resume", "steps", "eval_every", "tracker", "device", "prompts", "eval_prompts"}
     now = {name: value for name, value in vars(cfg).items() if name not in free}
     used = [(text, Path(image).read_bytes() if image else None) for text, image in prompts]
-    now |= {"processes": ranks()[1], "prompts_sha256": hashlib.sha256(repr(used).encode()).hexdigest()}
+    now |= {"processes": ranks()[1], "prompts used": hashlib.sha256(repr(used).encode()).hexdigest()}
     out, file = Path(cfg.out), Path(cfg.out) / "checkpoint" / "state.pt"
     found = {path.name for path in out.glob("[!.]*") if not path.name.startswith("tmp-")}
     run = cfg.mode == "train" and "config.json" in found
@@ -715,10 +700,8 @@ def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | No
     for name, value in now.items():
         old = then.get(name)
         same = old == value or isinstance(old, str) and Path(old).exists() and Path(old).samefile(value)
-        said = {"prompts_sha256": "other prompts", "processes": f"{old} processes"}.get(
-            name, f"--{name} {old}"
-        )
-        said = f"without --{name}" if old is None else f"with {said}"
+        said = {"prompts used": "with other prompts", "processes": f"with {old} processes"}.get(name)
+        said = said or (f"without --{name}" if old is None else f"with --{name} {old}")
         need(same, f"{out} was started {said}: resume it so, or give another --out")
     with reading(f"{file} is gone or damaged: {anew}"):
         need(zipfile.ZipFile(file).testzip() is None, f"{file} is damaged: {anew}")
@@ -754,8 +737,8 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
     terms, texts = {cfg.reward: (1.0, reward)} if reward else {}, [prompt.text for prompt in prompts]
     toy = find_model(cfg.model)[2].get("rewards")
     if cfg.mode != "sample" and not reward:
-        how = (cfg.device, DTYPES[cfg.dtype], [cfg.reward_weights, toy])
-        terms = rewards.make_terms(cfg.reward, *how, texts)
+        weights = [cfg.reward_weights, toy]
+        terms = rewards.make_terms(cfg.reward, cfg.device, DTYPES[cfg.dtype], weights, texts)
     model = family(source, cfg.device, DTYPES[cfg.dtype])
     run = Run(cfg, model, model.schedule(cfg), terms, {})
     # a reward that can't score, or has no gradient, shows on noise, before anything large loads
@@ -773,8 +756,6 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
         model.recompute()
     if toy and terms and not reward:
         print("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
-    if not PAGE.exists():
-        print("there is no page.html beside vader.py, so there will be no page")
     size = sum(p.numel() for p in lora_parameters(model).values()) / 1e6
     print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {size:.2f} M LoRA weights, {cfg.reward}, {cfg.out}")
     return run
@@ -818,8 +799,7 @@ def evaluate(run: Run, prompts: list[Prompt], folder: str) -> dict:
     cfg, result = run.cfg, {"folder": folder, "prompts": [prompt.text for prompt in prompts]}
     for first in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"videos {folder}", leave=False):
         batch = prompts[first : first + cfg.batch_size]
-        videos = make_videos(run, batch, first)
-        texts = [prompt.text for prompt in batch]
+        videos, texts = make_videos(run, batch, first), [prompt.text for prompt in batch]
         found = rewards.weighted_rewards(run.terms, videos, texts, cfg.decode_chunk) if run.terms else {}
         for name, values in found.items():
             result.setdefault(name, []).extend(values.tolist())
@@ -836,9 +816,9 @@ def paired_gain(base: list[float], tuned: list[float]) -> tuple[float, float]:
 
 
 def summary(base: list[float], tuned: list[float]) -> str:
-    gain, error = paired_gain(base, tuned)
+    (gain, error), (before, after) = paired_gain(base, tuned), np.array([base, tuned], float).mean(1)
     change = f"{gain:+.3f}, standard error {error:.3f}, {len(base)} videos, paired seeds"
-    return f"{np.mean(base):.3f} -> {np.mean(tuned):.3f} ({change})"
+    return f"{before:.3f} -> {after:.3f} ({change})"
 
 
 def write_page(cfg: Config, rows: list[dict]):
@@ -874,8 +854,9 @@ def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None) -
     """One step on the gradient of grad_accum batches a process, where finite -> row of metrics.jsonl."""
     cfg, start, found, (rank, world) = run.cfg, time.time(), {}, ranks()
     scaler = scaler or torch.amp.GradScaler(run.model.device, enabled=False)
-    if run.model.device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()  # or it is that of encoding the prompts
+    cuda = torch.cuda if run.model.device.startswith("cuda") else None
+    if cuda:
+        cuda.reset_peak_memory_stats()  # or the peak is that of encoding the prompts
     parameters = list(lora_parameters(run.model).values())
     optimizer.zero_grad()
     for m in range(cfg.grad_accum):
@@ -893,8 +874,7 @@ def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None) -
     if math.isfinite(norm):
         scaler.step(optimizer)
     scaler.update()
-    cuda = run.model.device.startswith("cuda")
-    memory = torch.cuda.max_memory_reserved() if cuda else psutil.Process().memory_info().rss
+    memory = cuda.max_memory_reserved() if cuda else psutil.Process().memory_info().rss
     row = {"step": step + 1, "prompts": [prompt.text for prompt in chosen]}
     row |= {name: float(np.mean(values)) for name, values in found.items()}
     return row | {"grad_norm": norm, "seconds": time.time() - start, "memory_gb": memory / 1e9}
@@ -929,8 +909,8 @@ def train(cfg: Config, reward=None) -> list[dict]:
             # rows after the checkpoint will be made again
             rows = [to_json(row) + "\n" for row in read_metrics(out) if state and row["step"] <= step]
             write_whole(out / "metrics.jsonl", "".join(rows))
-            tracked = cfg.tracker != "none"
-            log = borrow("tracker", "--tracker")["make_tracker"](cfg) if tracked else lambda row: None
+            none = {"make_tracker": lambda cfg: lambda row: None}
+            log = (none if cfg.tracker == "none" else borrow("tracker", "--tracker"))["make_tracker"](cfg)
             steps = trained_steps(run, generator_for(cfg.seed))
             leverage = {i: round(run.schedule.leverage(i), 3) for i in steps}
             print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
@@ -938,22 +918,21 @@ def train(cfg: Config, reward=None) -> list[dict]:
 
         while True:
             # evaluate: before the first update, every eval_every, after the last
-            if held_out and (step % cfg.eval_every == 0 or step == cfg.steps) and step not in evaluated:
-                if rank == 0:
-                    found = evaluated[step] = evaluate(run, eval_prompts, f"samples/step_{step:06d}")
-                    if step == 0 and not np.isfinite(found["reward"]).all():
-                        raise FloatingPointError(f"{cfg.reward} of the videos before training is not finite")
-                    append_metrics(out, {"step": step, "eval": found})
-                    log({"step": step, "eval": found})
-                    change = summary(evaluated[min(evaluated)]["reward"], found["reward"])
-                    print(f"update {step}: held-out reward {change}" + f"; base: {cfg.lora}" * bool(cfg.lora))
+            due = step not in evaluated and (step % cfg.eval_every == 0 or step == cfg.steps)
+            if rank == 0 and held_out and due:
+                found = evaluated[step] = evaluate(run, eval_prompts, f"samples/step_{step:06d}")
+                if step == 0 and not np.isfinite(found["reward"]).all():
+                    raise FloatingPointError(f"{cfg.reward} of the videos before training is not finite")
+                append_metrics(out, {"step": step, "eval": found})
+                log({"step": step, "eval": found})
+                change = summary(evaluated[min(evaluated)]["reward"], found["reward"])
+                print(f"update {step}: held-out reward {change}" + f"; base: {cfg.lora}" * bool(cfg.lora))
             if rank == 0 and evaluated:
                 write_page(cfg, read_metrics(out))
             if step == cfg.steps:
                 break
             stop = min(cfg.steps, (step // cfg.eval_every + 1) * cfg.eval_every)
-            how = dict(initial=step, total=cfg.steps, desc="train", disable=rank > 0)
-            with tqdm(range(step, stop), **how) as bar:
+            with tqdm(range(step, stop), initial=step, total=cfg.steps, desc="train", disable=rank) as bar:
                 for step in bar:
                     row = update(run, prompts, step, optimizer, scaler)
                     finite = math.isfinite(row["grad_norm"])
@@ -975,32 +954,14 @@ def train(cfg: Config, reward=None) -> list[dict]:
                     shown = ("reward", "grad_norm", "seconds", "memory_gb")
                     bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
             step = stop
-        print(f"done: open {next(out.glob('index.html'), out)}; the LoRA is in {out / 'lora'}")
+        page = f"open {out}/index.html" if PAGE.exists() else "no page.html beside vader.py, so no page"
+        print(f"done: {page}; the LoRA is in {out}/lora")
         if world > 1:
             dist.destroy_process_group()
         return read_metrics(out)
 
 
 # ---- 9. Command line ---------------------------------------------------------------------------------------
-def apply_lora(cfg: Config):
-    """--mode sample: a video per prompt, in the folder tuned, or base without --lora. --mode eval: both."""
-    cfg, source, family = resolve(cfg)
-    prompts, rows = read_prompts(cfg.prompts, family), []
-    with open_run(cfg, []):
-        run = load_run(cfg, source, family, prompts)
-        if cfg.lora and cfg.mode == "eval":
-            with run.model.denoiser.disable_adapter():
-                rows = [{"step": 0, "eval": evaluate(run, prompts, "base")}]
-        rows += [{"step": len(rows), "eval": evaluate(run, prompts, "tuned" if cfg.lora else "base")}]
-        for row in rows:
-            append_metrics(Path(cfg.out), row)
-        write_page(cfg, rows)
-        first, last = rows[0]["eval"], rows[-1]["eval"]
-        for name in [*first][2:]:  # all but the folder and the prompts
-            print(f"{name}: {summary(first[name], last[name])}")
-        print(f"done: {len(prompts)} videos in {cfg.out}/{last['folder']}")
-
-
 def parse_args(argv: list[str] | None = None) -> Config:
     """The command line as a Config: a flag per field. Raises BadInput."""
     parser = transformers.HfArgumentParser(Config, prog="vader.py", allow_abbrev=False)
@@ -1022,7 +983,7 @@ def main(argv: list[str] | None = None) -> int:
         library.utils.logging.disable_progress_bar()
     try:
         cfg = parse_args(argv)
-        (train if cfg.mode == "train" else apply_lora)(cfg)
+        (train if cfg.mode == "train" else borrow("apply", f"--mode {cfg.mode}")["apply_lora"])(cfg)
         return 0
     except (BadInput, OSError) as error:  # files of a model that are not there, a full disk
         print(f"vader.py: error: {' '.join(str(error).split())}", file=sys.stderr)
