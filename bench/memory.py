@@ -61,7 +61,8 @@ class LiveStorages(TorchDispatchMode):
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         whole = isinstance(kwargs.get("dtype"), torch.dtype) and not kwargs["dtype"].is_floating_point
         content = whole or "generator" in kwargs or func.__name__.startswith(("arange", "randperm"))
-        if any(isinstance(tensor, FakeTensor) for tensor in given) or not (given or content):
+        away = torch.device(kwargs.get("device") or "cpu").type != "cpu"  # may be a GPU that is not there
+        if away or any(isinstance(tensor, FakeTensor) for tensor in given) or not (given or content):
             result = func(*args, **kwargs)
         else:
             with unset_fake_temporarily():
@@ -75,6 +76,25 @@ class LiveStorages(TorchDispatchMode):
                     weakref.finalize(storage, self.free, storage._cdata)
         self.peak = max(self.peak, self.now)
         return result
+
+
+def exchange(module: torch.nn.Module, *args, **kwargs) -> torch.nn.Module:
+    """`Module.to` for weights without content, which can't be exchanged in place."""
+    given = [*args, *kwargs.values()]
+    dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
+    device = next((value for value in given if isinstance(value, (str, torch.device))), None)
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, old in table.items():
+                if old is None:
+                    continue
+                there, wanted = torch.device(device or old.device), old.dtype
+                if dtype and old.is_floating_point():
+                    wanted = dtype
+                if (there.type, wanted) != (old.device.type, old.dtype):
+                    new, kept = old.detach().to(there, wanted), isinstance(old, torch.nn.Parameter)
+                    table[name] = torch.nn.Parameter(new, old.requires_grad) if kept else new
+    return module
 
 
 @contextlib.contextmanager
@@ -115,18 +135,6 @@ def without_weights(memory: LiveStorages | None = None):
     def found(source, name, flag):
         return fetch(source, name, flag) if name.endswith(".json") else Path(source) / name
 
-    def to(self, *args, **kwargs):
-        # tensors without content can't be exchanged in place, as Module.to does; of devices there is just one
-        dtype = next((arg for arg in (*args, *kwargs.values()) if isinstance(arg, torch.dtype)), None)
-        for module in self.modules():
-            for table in (module._parameters, module._buffers):
-                for name, old in table.items():
-                    if dtype and old is not None and old.is_floating_point() and old.dtype != dtype:
-                        new = old.detach().to(dtype)
-                        kept = isinstance(old, torch.nn.Parameter)
-                        table[name] = torch.nn.Parameter(new, old.requires_grad) if kept else new
-        return self
-
     def as_on_a_gpu(network, device, dtype, blocks=()):
         if memory:
             rewards.checkpoint_blocks(network, blocks)
@@ -138,7 +146,7 @@ def without_weights(memory: LiveStorages | None = None):
             (transformers.PreTrainedModel, "from_pretrained", classmethod(network)),
             (transformers.PreTrainedModel, "init_weights", lambda self: None),
             (transformers.PreTrainedTokenizerBase, "from_pretrained", classmethod(tokenizer)),
-            *([(torch.nn.Module, "to", to)] if memory else []),
+            *([(torch.nn.Module, "to", exchange)] if memory else []),
             (rewards, "load", load),
             (rewards, "load_state", lambda *_, **__: None),
             (rewards, "fetch", found),

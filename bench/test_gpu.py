@@ -1,0 +1,247 @@
+"""The path of a CUDA GPU, walked without one: no tensor on another device, none of another dtype.
+
+Under FakeTensorMode tensors with device="cuda" exist on any machine: they have shapes, dtypes and devices, no
+content, and a mix of devices raises. Autograd's engine needs a real device, so `backward` replaces it.
+"""
+
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from unittest import mock
+
+import diffusers
+import imageio.v3 as iio
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils.checkpoint import GraphExecGroup
+
+import rewards
+import vader
+
+HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE))  # behind, as it has a rewards.py too
+import memory  # noqa: E402 (needs the line above)
+
+PHOTO = str(HERE.parent / "tiny" / "photo-cat.jpg")
+ARGS = {"remove": "book"}  # of rewards that must be told of what
+PUBLISHED = [name for names in vader.FAMILIES.values() for name in names if (memory.CONFIGS / name).is_dir()]
+U_NETS = [name for name in PUBLISHED if vader.find_model(name)[0].folder == "unet"]
+FAMILIES = [*((name, "bf16") for name in PUBLISHED), *((name, "fp16") for name in U_NETS)]
+REWARDS = [(name, dtype) for name in rewards.REWARDS for dtype in ("bf16", "fp16")]
+# kernels of a GPU that take no mix of dtypes; fake ones do, and those of a CPU in part
+ONE_DTYPE = {"addmm", "baddbmm", "bmm", "convolution", "mm", "native_group_norm", "native_layer_norm"}
+
+
+# ---- A GPU that is not there -------------------------------------------------------------------------------
+class Strict(memory.LiveStorages):
+    """Content where memory.py needs it; and raises for a mix of dtypes where a GPU would."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # asked for most often; this is quicker
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return 1  # what `item` reads from the GPU
+        name = func.overloadpacket.__name__
+        dtypes = {arg.dtype for arg in args if isinstance(arg, torch.Tensor)} if name in ONE_DTYPE else ()
+        if len(dtypes) > 1:
+            raise TypeError(f"{name} takes one dtype, not {dtypes}")
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+@torch.no_grad()
+def backward(self, gradient=None):
+    """`Tensor.backward`, node by node; gradients are checked, summed and cast as the engine does."""
+    gradient = torch.ones_like(self) if gradient is None else gradient
+    assert (gradient.dtype, gradient.device) == (self.dtype, self.device)
+    waiting = {self.grad_fn: [gradient]}
+    with GraphExecGroup():  # or checkpoints would recompute for each tensor
+        while waiting:
+            node = max(waiting, key=lambda node: node._sequence_nr())  # the last one of the forward pass
+            found = node(*waiting.pop(node))
+            grads = (found,) if isinstance(found, torch.Tensor) else found
+            for (after, place), grad in zip(node.next_functions, grads, strict=True):
+                if after is None or grad is None:
+                    continue
+                wanted = after._input_metadata[place]
+                assert grad.device == wanted.device, f"{node} gives a gradient on {grad.device}"
+                grad = grad.sum_to_size(wanted.shape).to(wanted.dtype)
+                places = waiting.setdefault(after, [None] * len(after._input_metadata))
+                places[place] = grad if places[place] is None else places[place] + grad
+
+
+def zeros(name: str, real):
+    """`Tensor.tolist` or `Tensor.numpy`, with zeros where there is no content."""
+
+    def read(self):
+        assert name == "tolist" or self.device.type == "cpu"
+        with unset_fake_temporarily():
+            return real(torch.zeros(self.shape, dtype=self.dtype) if isinstance(self, FakeTensor) else self)
+
+    return read
+
+
+def stays_in_float32(network, name: str) -> bool:
+    """Do diffusers, or rewards.py, keep this parameter in float32, whatever dtype is asked for?"""
+    kept = {*(getattr(network, "_keep_in_fp32_modules", None) or ())}
+    return isinstance(network, rewards.AestheticHead) or not kept.isdisjoint(name.split("."))
+
+
+@contextlib.contextmanager
+def fake_gpu():
+    """Inside there is a GPU, and networks are made without weights."""
+    torch._C._ensureCUDADeviceGuardSet()
+    with contextlib.ExitStack() as stack:
+        for context in (FakeTensorMode(allow_non_fake_inputs=True), Strict(), memory.without_weights()):
+            stack.enter_context(context)
+        load = diffusers.ModelMixin.__dict__["from_pretrained"].__func__
+
+        def as_published(cls, *args, **kwargs):
+            network = load(cls, *args, **kwargs)
+            for name, p in network.named_parameters():
+                if stays_in_float32(network, name):
+                    path, _, last = name.rpartition(".")
+                    network.get_submodule(path)._parameters[last] = torch.nn.Parameter(p.detach().float())
+            return network
+
+        for target, name, value in (
+            (diffusers.ModelMixin, "from_pretrained", classmethod(as_published)),
+            (torch.nn.Module, "to", memory.exchange),
+            (torch.Tensor, "backward", backward),
+            *((torch.Tensor, name, zeros(name, getattr(torch.Tensor, name))) for name in ("tolist", "numpy")),
+            (iio, "imwrite", mock.Mock()),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def shallow_configs(tmp_path, monkeypatch):
+    """The published networks with fewer of the layers that are alike: each is walked all the same."""
+
+    def fewer(config):
+        for name, value in config.items():
+            if name.endswith(("layers_per_block", "res_blocks")):
+                config[name] = [1] * len(value) if isinstance(value, list) else 1
+            elif name.endswith("layers"):
+                config[name] = min(value, 2)
+        return config
+
+    folder = Path(shutil.copytree(memory.CONFIGS, tmp_path / "configs"))
+    for file in folder.rglob("*config.json"):
+        file.write_text(json.dumps(json.loads(file.read_text(), object_hook=fewer)))
+    monkeypatch.setattr(memory, "CONFIGS", folder)
+
+
+# ---- Walks -------------------------------------------------------------------------------------------------
+def check_weights(run, denoising: bool, scoring: bool):
+    """Weights are on the GPU, or in host memory where they are told to wait; all have the wanted dtype."""
+    networks = [run.model.vae, *(n for _, r in run.terms.values() for n in getattr(r, "networks", ()))]
+    for network, busy in [(run.model.denoiser, denoising), *((n, scoring) for n in networks)]:
+        device = "cuda" if busy or not run.cfg.offload else "cpu"
+        assert {p.device.type for p in (*network.parameters(), *network.buffers())} == {device}
+        for name, p in network.named_parameters():
+            exact = p.requires_grad or stays_in_float32(network, name)
+            assert p.dtype == (torch.float32 if exact else vader.DTYPES[run.cfg.dtype]), name
+
+
+def check_values(values):
+    for name, value in values.items():
+        assert (value.shape, value.dtype, value.device.type) == ((2,), torch.float32, "cuda"), name
+
+
+def walk(folder, model="modelscope", dtype="bf16", image=None, own=None, **settings):
+    """A micro-batch and an evaluation of two videos, with a published preset but few steps and frames."""
+    family, *_ = vader.find_model(model)
+    few = dict(batch_size=2, num_inference_steps=2, num_frames=family.frame_multiple + 1)
+    files = dict(reward_weights=str(memory.CONFIGS / "rewards"), out=str(folder / "run"))
+    cfg, source, family, prompts = memory.resolve(vader.Config(model=model, **few | files | settings))
+    cfg.device, cfg.dtype = "cuda", dtype  # not before: without a GPU neither passes
+    prompts = [prompt._replace(image=image or prompt.image) for prompt in prompts]
+    schedule, seen = family(source, "cpu", torch.float32).schedule(cfg), []  # made here, to have content
+
+    def recorded(terms, videos, *rest, score=rewards.weighted_rewards):
+        values = score(terms, videos, *rest)
+        seen.append((videos, values.copy()))
+        return values
+
+    with fake_gpu(), mock.patch.object(family, "schedule", lambda *_: schedule):
+        run = vader.load_run(cfg, source, family, prompts, own)
+        check_values(vader.micro_batch(run, prompts, 0, 0))
+        check_weights(run, denoising=True, scoring=False)
+        for name, p in vader.lora_parameters(run.model).items():
+            assert p.grad is not None and p.grad.dtype == torch.float32 and p.grad.is_cuda, name
+
+        with mock.patch.object(rewards, "weighted_rewards", recorded):
+            result = vader.evaluate(run, prompts, "videos")
+        ((videos, values),) = seen
+        assert videos.shape == (2, cfg.num_frames, 3, cfg.height, cfg.width)
+        assert videos.dtype == torch.float32 and videos.is_cuda
+        check_values(values)
+        check_weights(run, denoising=False, scoring=True)
+        assert len(result["reward"]) == iio.imwrite.call_count == 2
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model, dtype", FAMILIES)
+def test_every_family(model, dtype, tmp_path):
+    walk(tmp_path, model, dtype)
+
+
+@pytest.mark.parametrize("name, dtype", [REWARDS[0], *(slow(*case) for case in REWARDS[1:])])
+def test_every_reward(name, dtype, tmp_path):
+    reward = f"{name}:{ARGS[name]}" if name in ARGS else name
+    walk(tmp_path, dtype=dtype, reward=reward, num_frames=3, detach_uncond=True)
+
+
+OTHERS = {
+    "image": dict(model="ltx", image=PHOTO),
+    "offload": dict(offload=True),
+    "no guidance": dict(guidance_scale=1.0, eta=1.0),
+    "float32": dict(dtype="fp32", backprop_steps=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_settings(name, tmp_path):
+    walk(tmp_path, **OTHERS[name])
+
+
+# ---- Faults that are found ---------------------------------------------------------------------------------
+def mask_on_the_host(frames, prompts):
+    return (frames * torch.ones(frames.shape[-2:])).mean((1, 2, 3, 4))
+
+
+def half_precision(frames, prompts):
+    return frames.bfloat16().mean((1, 2, 3, 4))
+
+
+@pytest.mark.parametrize(
+    "reward, said", [(mask_on_the_host, "same device"), slow(half_precision, "bfloat16")]
+)
+def test_a_faulty_reward_is_found(reward, said, tmp_path):
+    with pytest.raises((RuntimeError, AssertionError), match=said):
+        walk(tmp_path, own=reward)
+
+
+def time_on_the_host(self, x, t, cond):
+    times = t.expand(len(x))
+    return self.denoiser(x.to(self.dtype), timestep=times, **cond, return_dict=False)[0].float()
+
+
+def text_in_float32(self, x, t, cond, denoise=vader.TextToVideoUNet.denoise):
+    return denoise(self, x, t, {name: value.float() for name, value in cond.items()})
+
+
+@pytest.mark.parametrize("denoise, said", [(time_on_the_host, "same device"), (text_in_float32, "one dtype")])
+def test_a_faulty_family_is_found(denoise, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(vader.TextToVideoUNet, "denoise", denoise)
+    with pytest.raises((RuntimeError, TypeError), match=said):
+        walk(tmp_path)
