@@ -303,16 +303,17 @@ def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
 
 def split_prompts(cfg: Config, family: type | None = None) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on, and held-out ones: --eval_prompts or every tenth of --prompts. Raises BadInput."""
-    prompts = [*dict.fromkeys(read_prompts(cfg.prompts, family))]
+    lines = read_prompts(cfg.prompts, family)
+    prompts = [*dict.fromkeys(lines)]
     if not cfg.eval_videos:
         return prompts, []
     every = min(10, len(prompts))
     held_out = read_prompts(cfg.eval_prompts, family) if cfg.eval_prompts else prompts[every - 1 :: every]
     kept = [prompt for prompt in prompts if prompt not in held_out]
     need(kept or cfg.eval_prompts, f"{cfg.prompts} has one prompt, held back: add more, or --eval_prompts")
-    if cfg.eval_prompts and len(kept) < len(prompts):
-        left = "not trained on" if kept else "trained on, so that no gain is held out"
-        print(f"{len(prompts) - len(kept)} of {len(prompts)} prompts are in --eval_prompts too: {left}")
+    if len(lines) > len(kept) + (0 if cfg.eval_prompts else len(held_out)):
+        left = f"{len(kept)} others are left to train on" if kept else "they train too, no gain is held out"
+        print(f"{cfg.prompts}: of {len(lines)} prompts some stand twice, or are held out: {left}")
     return kept or prompts, held_out
 
 

@@ -232,12 +232,13 @@ def test_prompts_that_stand_twice_are_held_out_wholly(tmp_path, capsys):
     (tmp_path / "dups.txt").write_text("\n".join(["a cat", "a dog"] * 20 + ["a fox"]))
     train, held_out = vader.split_prompts(Config(prompts=str(tmp_path / "dups.txt")))
     assert [p.text for p in train] == ["a cat", "a dog"] and [p.text for p in held_out] == ["a fox"]
+    assert "of 41 prompts some stand twice, or are held out: 2 others are left" in capsys.readouterr().out
     (tmp_path / "some.txt").write_text("a dog\n")
     cfg = Config(prompts=str(tmp_path / "dups.txt"), eval_prompts=str(tmp_path / "some.txt"))
     assert [p.text for p in vader.split_prompts(cfg)[0]] == ["a cat", "a fox"]
-    assert "1 of 3 prompts are in --eval_prompts too: not trained on" in capsys.readouterr().out
+    assert "of 41 prompts some stand twice, or are held out: 2 others are left" in capsys.readouterr().out
     assert vader.split_prompts(replace(cfg, eval_prompts=cfg.prompts))[0]
-    assert "no gain is held out" in capsys.readouterr().out
+    assert "they train too, no gain is held out" in capsys.readouterr().out
 
 
 def test_prompts_behind_the_encoders_limit_are_named(settings, capsys, small):
