@@ -4,11 +4,10 @@
     python bench/memory.py                                       # memory.csv: the rows that are not there yet
     python bench/memory.py --measure                             # on a CUDA GPU, its memory capped at 16 GB
 
-Takes the flags of vader.py. No weights, no GPU and, for the models in configs/, no network: others, a model
-or reward that you have just added too, only fetch their config files. Networks are built without content, and
-a whole update runs on them: what is counted is what PyTorch's allocator is asked for, less what waits on the
-host; not its rounding, nor CUDA's own. memory.csv: gigabytes by phase, at the models' own sizes. --measure
-makes the same updates with weights as PyTorch initialises them; never run on a GPU yet.
+Takes the flags of vader.py; no weights, no GPU, and no network for what is in configs/. A whole update runs
+on networks without content: counted is what the allocator is asked for, not its rounding, nor CUDA's own.
+memory.csv: gigabytes by phase, at the models' own sizes. --measure makes the same updates with weights as
+PyTorch initialises them; never run on a GPU yet.
 """
 
 import argparse
@@ -45,8 +44,8 @@ MORE = [("clip", False), ("pickscore", False), ("remove:book", False), ("action:
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of all storages alive that were made inside, and their peak.
 
-    Under FakeTensorMode tensors have no content; but draws from a generator, whole numbers, and what is
-    computed from these alone have, since masks and indices decide what comes next.
+    Under FakeTensorMode only draws, whole numbers, and what is computed from these alone have content, since
+    masks and indices decide what comes next.
     """
 
     def __init__(self):
@@ -85,14 +84,13 @@ def exchange(module: torch.nn.Module, *args, **kwargs) -> torch.nn.Module:
     device = next((value for value in given if isinstance(value, (str, torch.device))), None)
     for part in module.modules():
         for table in (part._parameters, part._buffers):
-            for name, old in table.items():
-                if old is None:
-                    continue
-                there, wanted = torch.device(device or old.device), old.dtype
-                if dtype and old.is_floating_point():
-                    wanted = dtype
-                if (there.type, wanted) != (old.device.type, old.dtype):
-                    new, kept = old.detach().to(there, wanted), isinstance(old, torch.nn.Parameter)
+            for name, old in ((name, old) for name, old in table.items() if old is not None):
+                wanted = dtype if dtype and old.is_floating_point() else old.dtype
+                if (torch.device(device or old.device).type, wanted) != (old.device.type, old.dtype):
+                    new, kept = (
+                        old.detach().to(device or old.device, wanted),
+                        isinstance(old, torch.nn.Parameter),
+                    )
                     table[name] = torch.nn.Parameter(new, old.requires_grad) if kept else new
     return module
 
@@ -101,8 +99,7 @@ def exchange(module: torch.nn.Module, *args, **kwargs) -> torch.nn.Module:
 def without_weights(memory: LiveStorages | None = None):
     """Inside, what loads weights makes networks from their config files instead, and any tokenizer will do.
 
-    Replaced are the libraries' functions that read weights, and two that all rewards share: `fetch`, as there
-    are no weight files, and `frozen`, which checkpoints on a GPU only. memory: counts; tensors are empty.
+    Replaced: what reads weights, and `frozen`, which checkpoints on a GPU only. memory: counts, no content.
     """
     fetch, frozen, words = rewards.fetch, rewards.frozen, {"<pad>": 0, "</s>": 1, "?": 2}
 
@@ -171,13 +168,8 @@ def resolve(cfg: vader.Config) -> tuple[vader.Config, str, type, list[vader.Prom
 
 def make_terms(cfg: vader.Config, device) -> dict:
     """The rewards, from configs/rewards where it has them."""
-    terms = {}
-    for _, name, arg in rewards.parse(cfg.reward):
-        folder = CONFIGS / "rewards" / name
-        weights = cfg.reward_weights or (str(folder.parent) if folder.is_dir() else None)
-        spec = name if arg is None else f"{name}:{arg}"
-        terms |= rewards.make_terms(spec, device, vader.DTYPES[cfg.dtype], weights)
-    return terms
+    folders = [cfg.reward_weights, str(CONFIGS / "rewards")]
+    return rewards.make_terms(cfg.reward, device, vader.DTYPES[cfg.dtype], folders)
 
 
 def predict(cfg: vader.Config) -> dict[str, float]:
@@ -216,8 +208,7 @@ def predict(cfg: vader.Config) -> dict[str, float]:
         found["all weights"] = (memory.now - idle) / 1e9
         latents = vader.rollout(run, batch)
         phase("rollout", *denoiser)
-        n, frames = len(picks), latents[-1].shape[2]
-        # which frames need most depends on the VAE
+        n, frames = len(picks), latents[-1].shape[2]  # which need most depends on the VAE
         for chosen in {tuple(picks), tuple(range(n)), tuple(range(frames - n, frames))}:
             g = None
             _, g = vader.score(run, batch._replace(picks=list(chosen)), latents[-1])
@@ -261,8 +252,8 @@ def write_table(measured: bool):
         cfg = vader.Config(model=model, reward=reward, offload=offload, decode_frames=frames)
         if key not in rows:
             found = predict(cfg)
-            rows[key] = dict(zip(("model", "reward", "offload"), key, strict=True))
             found["peak"] = max(found.values())
+            rows[key] = dict(zip(("model", "reward", "offload"), key, strict=True))
             rows[key] |= {name: f"{size:.2f}" for name, size in found.items()}
             rows[key] |= dict.fromkeys(["measured peak", "seconds per update"], "not measured yet")
         if measured:
@@ -281,10 +272,9 @@ def main(argv=None) -> int:
     parser.add_argument("--measure", action="store_true", help="on a CUDA GPU")
     args, flags = parser.parse_known_args(argv)
     diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
     if args.measure:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 16e9 / total))
+        there = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, 16e9 / there))
     if not flags:
         write_table(args.measure)
         return 0
@@ -296,16 +286,13 @@ def main(argv=None) -> int:
         return 2
     for name, size in found.items():
         print(f"{name:18}{size:6.2f} GB")
-    peak = max(found.values())
-    print(f"{'peak':18}{peak:6.2f} GB predicted; CUDA itself takes about 0.5 more")
+    print(f"{'peak':18}{(peak := max(found.values())):6.2f} GB predicted; CUDA itself takes about 0.5 more")
     if args.measure:
         print(measure(cfg))
     if not args.vram or peak <= args.vram:
         return 0
     first = "" if cfg.offload else "add --offload, then "
-    print(
-        f"more than {args.vram:g}: {first}lower --batch_size, --num_frames, --height and --width, --lora_rank"
-    )
+    print(f"more than {args.vram:g}: {first}lower --batch_size, --num_frames, --height, --width, --lora_rank")
     return 1
 
 
