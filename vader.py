@@ -75,7 +75,6 @@ def arg(default, help: str):
 class Config:
     """Everything that can be set. None is off, or the model's own default (its class's `presets`)."""
 
-    # what to do
     reward: str = arg("aesthetic", 'a reward of rewards.py or a weighted sum, "aesthetic + 0.5*colorful"')
     prompts: str = arg("prompts.txt", "a text file, one a line (not # lines), or .jsonl with an image each")
     model: str = arg("auto", "auto (modelscope on a CUDA GPU, else tiny), a short name, a hub id, a folder")
@@ -84,7 +83,6 @@ class Config:
     out: str | None = arg(None, "output folder; default runs/<reward>-<model>, runs/<mode>-<reward>-<model>")
     resume: bool = arg(False, "go on with the run in --out, with the same settings (how long may change)")
     seed: int = arg(0, "the same seed gives bitwise the same run on a CPU (and as many threads)")
-    # the video and its sampler
     negative_prompt: str = arg("", "what guidance leads away from")
     num_frames: int | None = arg(None, "frames of a video")
     height: int | None = arg(None, "pixels, a multiple of 8, 16 or 32, as the model's")
@@ -102,9 +100,7 @@ class Config:
     decode_chunk: int = arg(1, "frames decoded at once; costs memory")
     checkpointing: bool | None = arg(None, "recompute activations: less memory, more time; default on a GPU")
     offload: bool = arg(False, "what is idle waits in host memory: less memory, more time")
-    reward_target: float | None = arg(None, "hinge: a video whose reward is above this gets no gradient")
     reward_weights: str | None = arg(None, "folder with sub-folders of rewards, to load these from")
-    # the optimiser and the LoRA
     steps: int | None = arg(None, "updates")
     lr: float | None = arg(None, "learning rate of AdamW, constant")
     batch_size: int | None = arg(None, "videos made at once; costs memory")
@@ -124,8 +120,8 @@ class Config:
 
 # Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
 RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
-RANGES |= dict(eta=(0, 1), coupling=(0, 1), reward_target=(-1e9, 1e9), max_grad_norm=(1e-12, 1e9))
-RANGES |= dict(eval_videos=(0, 1e9), lora_rank=(1, 1024))
+RANGES |= dict(eta=(0, 1), coupling=(0, 1), max_grad_norm=(1e-12, 1e9))
+RANGES |= dict(eval_videos=(0, 1e9), lora_rank=(1, 1024), height=(1, 4096), width=(1, 4096))
 
 # Defaults that models share, see `presets` of their classes: those with published weights, those in tiny/.
 PUBLISHED = dict(steps=200, eval_every=50, lr=2e-4, batch_size=1, grad_accum=4, lora_rank=16)
@@ -242,7 +238,12 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     need(there or not cfg.reward_weights, f"--reward_weights {cfg.reward_weights}: no reward's folder there")
     ready = cfg.tracker == "none" or importlib.util.find_spec(cfg.tracker)
     need(ready, f"--tracker {cfg.tracker} is not installed: pip install {cfg.tracker}")
-    family(source, device, DTYPES[cfg.dtype]).schedule(cfg)  # raises for a sampler that is no line
+    with reading(f"{source}: the scheduler's config is damaged"):
+        need(
+            read_config(source, "scheduler/scheduler_config.json").get("_class_name"),
+            f"{source}: no scheduler",
+        )
+        family(source, device, DTYPES[cfg.dtype]).schedule(cfg)  # raises for a sampler that is no line
     with reading("your reward must be a function (frames, prompts)"):
         rewards.parse(cfg.reward) if reward is None else inspect.signature(reward).bind(None, None)
     return cfg, source, family
@@ -290,9 +291,9 @@ def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
             with reading(wanted):
                 row = json.loads(line)
                 text, image = row.pop("prompt", "").strip(), row.pop("image", None)
-                need(not row and (text or image), wanted)
+                need(not row and (text.encode() or image) and isinstance(image, str | None), wanted)
+            image = str(Path(path).parent / image) if image else None
             if image:
-                image = str(Path(path).parent / image)
                 family.open_image(image)
         prompts.append(Prompt(text, image))
     bare = family.images == "must" and not all(prompt.image for prompt in prompts)
@@ -303,8 +304,7 @@ def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
 
 def split_prompts(cfg: Config, family: type | None = None) -> tuple[list[Prompt], list[Prompt]]:
     """Prompts to train on, and held-out ones: --eval_prompts or every tenth of --prompts. Raises BadInput."""
-    lines = read_prompts(cfg.prompts, family)
-    prompts = [*dict.fromkeys(lines)]
+    prompts = [*dict.fromkeys(lines := read_prompts(cfg.prompts, family))]
     if not cfg.eval_videos:
         return prompts, []
     every = min(10, len(prompts))
@@ -436,6 +436,7 @@ class TextToVideoUNet:
         """{prompt: what `denoise` is given, without batch dimension}, by the stock pipeline; it is freed."""
         pipe = self.stock(self.text_pipeline, "text_encoder", "tokenizer")
         limit = self.max_tokens or pipe.tokenizer.model_max_length
+        need(limit < 1e9, f"{self.source}: tokenizer_config.json is damaged, it has no model_max_length")
         long = [prompt.text for prompt in prompts if len(pipe.tokenizer(prompt.text).input_ids) > limit]
         if long:
             print(f"{len(long)} prompts are cut at {limit} tokens, the first is {long[0][:60]!r}...")
@@ -600,11 +601,7 @@ def score(run: Run, batch: Batch, x):
     video.requires_grad_()
     texts = [prompt.text for prompt in batch.prompts]
     found = rewards.weighted_rewards(run.terms, video, texts, cfg.decode_chunk, batch.scale)
-    # d loss / d reward: -1 / B, and with a hinge nothing for the videos that reached the target
-    slope = torch.full_like(found["reward"], -1 / len(x))
-    if cfg.reward_target is not None:
-        slope = slope * (found["reward"] < cfg.reward_target)
-    v = video.grad * slope[:, None, None, None, None]
+    v = -video.grad / len(x)
     del video
     x = x.detach().requires_grad_()
     for piece, pull in zip(pieces, v.split(sizes, dim=1), strict=True):
@@ -649,7 +646,6 @@ def write_whole(path: Path, content: str | bytes):
 def save_lora(model, folder: Path):
     """Write the LoRA for `PeftModel.from_pretrained`, and for stock `load_lora_weights` where it works."""
     staging, config = folder.with_name("tmp-lora"), model.denoiser.peft_config["default"]
-    # for whoever loads the LoRA: a hub id, never a path of this machine
     base = Path(model.source).name if Path(model.source).exists() else model.source
     model.denoiser.get_base_model().register_to_config(_name_or_path=base)
     config.base_model_name_or_path = base
@@ -687,7 +683,7 @@ def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | No
     """What must stay the same when a run goes on, and the checkpoint in --out or None. Raises BadInput."""
     free = {"out", "resume", "steps", "eval_every", "tracker", "device", "prompts", "eval_prompts"}
     now = {name: value for name, value in vars(cfg).items() if name not in free}
-    used = [(text, Path(image).read_bytes() if image else None) for text, image in prompts]
+    used = [(text, image and Path(image).is_file() and Path(image).read_bytes()) for text, image in prompts]
     now |= {"processes": ranks()[1], "prompts used": hashlib.sha256(repr(used).encode()).hexdigest()}
     out, file = Path(cfg.out), Path(cfg.out) / "checkpoint" / "state.pt"
     found = {path.name for path in out.glob("[!.]*") if not path.name.startswith("tmp-")}
@@ -700,7 +696,8 @@ def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | No
     then, anew = rewards.read_json(out / "config.json"), f"go on with --lora {out}/lora and another --out"
     for name, value in now.items():
         old = then.get(name)
-        same = old == value or isinstance(old, str) and Path(old).exists() and Path(old).samefile(value)
+        place = name in ("model", "lora", "reward_weights") and old and value
+        same = old == value or place and Path(old).exists() and Path(old).resolve() == Path(value).resolve()
         said = {"prompts used": "with other prompts", "processes": f"with {old} processes"}.get(name)
         said = said or (f"without --{name}" if old is None else f"with --{name} {old}")
         need(same, f"{out} was started {said}: resume it so, or give another --out")
@@ -708,7 +705,7 @@ def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | No
         need(zipfile.ZipFile(file).testzip() is None, f"{file} is damaged: {anew}")
         state = torch.load(file, map_location="cpu", weights_only=True)
         need(state["step"] <= cfg.steps, f"{out} has {state['step']} updates: give --steps as many, or more")
-        need(updates, f"{out} has lost its metrics.jsonl: {anew}")
+        need(updates >= state["step"] >= 1, f"{out} has lost rows of its metrics.jsonl: {anew}")
         return now, state
 
 
@@ -730,7 +727,6 @@ def open_run(cfg: Config, prompts: list[Prompt]):
 def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], reward=None) -> Run:
     """Load the rewards (not in sample mode), encode the prompts, then load denoiser, LoRA and VAE."""
     if ranks()[1] > 1:
-        # nothing to time out: the others wait while the first evaluates
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(days=365))
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -742,12 +738,11 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
         terms = rewards.make_terms(cfg.reward, cfg.device, DTYPES[cfg.dtype], weights, texts)
     model = family(source, cfg.device, DTYPES[cfg.dtype])
     run = Run(cfg, model, model.schedule(cfg), terms, {})
-    # a reward that can't score, or has no gradient, shows on noise, before anything large loads
     train, texts = cfg.mode == "train", texts[: cfg.batch_size]
     picks = pick_latent_frames(run, generator_for(0)) if train else range(cfg.num_frames)
     frames = sum(model.frames_in(n) for n in picks) if train else cfg.num_frames
     noise = torch.rand(len(texts), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
-    rewards.weighted_rewards(terms, noise, texts, cfg.decode_chunk, 1.0 if train else None)
+    rewards.weighted_rewards(terms, noise, texts, cfg.decode_chunk, 1.0 if train else None)  # can they?
     bring(run, denoiser=False, scoring=False)  # room for the text encoder, maybe the largest part of all
     run.conds = model.encode([*dict.fromkeys(prompts), Prompt(cfg.negative_prompt)], cfg)
     model.load()
@@ -887,21 +882,25 @@ def train(cfg: Config, reward=None) -> list[dict]:
     Returns the rows of metrics.jsonl. Raises BadInput, and FloatingPointError when the base model's reward or
     ten gradients in a row are not finite. Stopped, `train(replace(cfg, resume=True))` goes on.
     """
-    # settings, prompts, output folder
     cfg, source, family = resolve(cfg, reward)
     prompts, held_out = split_prompts(cfg, family)
     out, (rank, world) = Path(cfg.out), ranks()
     eval_prompts = [held_out[n % len(held_out)] for n in range(cfg.eval_videos)]
     with open_run(cfg, prompts + held_out) as (now, state):
-        # rewards, model, optimiser, checkpoint
         run = load_run(cfg, source, family, prompts + held_out, reward)
         model, optimizer, step, skipped, in_a_row = run.model, make_optimizer(run), 0, 0, 0
         scaler = torch.amp.GradScaler(model.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
         if state:
-            step, skipped = state["step"], state["skipped"]
-            model.denoiser.load_state_dict(state["lora"], strict=False)
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
+            with reading(f"{out}/checkpoint/state.pt is damaged: give another --out"):
+                step, skipped, own = int(state["step"]), state["skipped"], state["lora"]
+                finite = all(w.isfinite().all() for w in own.values())
+                need(
+                    own.keys() == lora_parameters(model).keys() and finite,
+                    f"{out}/checkpoint/state.pt has another LoRA: give another --out",
+                )
+                model.denoiser.load_state_dict(own, strict=False)
+                optimizer.load_state_dict(state["optimizer"])
+                scaler.load_state_dict(state["scaler"])
         if world > 1:
             dist.barrier()  # all have looked into the output folder
         if rank == 0:
@@ -916,7 +915,6 @@ def train(cfg: Config, reward=None) -> list[dict]:
             leverage = {i: round(run.schedule.leverage(i), 3) for i in steps}
             print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
         evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
-
         while True:
             # evaluate: before the first update, every eval_every, after the last
             due = step not in evaluated and (step % cfg.eval_every == 0 or step == cfg.steps)
@@ -989,6 +987,8 @@ def main(argv: list[str] | None = None) -> int:
     except (BadInput, OSError) as error:  # files of a model that are not there, a full disk
         print(f"vader.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except (MemoryError, torch.OutOfMemoryError):
+        print("vader.py: stopped: out of memory: --offload, or a smaller --height, --width", file=sys.stderr)
     except FloatingPointError as error:
         print(f"vader.py: stopped: {error}", file=sys.stderr)
     except KeyboardInterrupt:  # where another script has called this

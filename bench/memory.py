@@ -124,7 +124,8 @@ def without_weights(memory: LiveStorages | None = None):
 
     def tokenizer(cls, folder, subfolder="", **_):
         file = (Path(folder) / subfolder).parent / "text_encoder" / "config.json"
-        longest = 77 if not file.exists() or "clip" in file.read_text() else 512
+        config = rewards.read_json(file) if file.exists() else {"model_type": "clip"}
+        longest = config.get("max_position_embeddings", 77 if "clip" in config["model_type"] else 512)
         special = dict(pad_token="<pad>", eos_token="</s>", unk_token="?", model_max_length=longest)
         special["tokenizer_object"] = Tokenizer(WordLevel(words, unk_token="?"))
         return transformers.PreTrainedTokenizerFast(**special)
@@ -269,7 +270,7 @@ def main(argv=None) -> int:
     """Exit code 0; 1 when the prediction is more than --vram; 2 after a line of bad input."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--vram", type=float, help="gigabytes there are")
-    parser.add_argument("--measure", action="store_true", help="on a CUDA GPU")
+    parser.add_argument("--measure", action="store_true")
     args, flags = parser.parse_known_args(argv)
     diffusers.utils.logging.set_verbosity_error()
     if args.measure:
@@ -284,14 +285,13 @@ def main(argv=None) -> int:
     except vader.BadInput as error:
         print(f"memory.py: error: {error}", file=sys.stderr)
         return 2
-    for name, size in found.items():
-        print(f"{name:18}{size:6.2f} GB")
+    print("\n".join(f"{name:18}{size:6.2f} GB" for name, size in found.items()))
     print(f"{'peak':18}{(peak := max(found.values())):6.2f} GB predicted; CUDA itself takes about 0.5 more")
     if args.measure:
         print(measure(cfg))
     if not args.vram or peak <= args.vram:
         return 0
-    first = "" if cfg.offload else "add --offload, then "
+    first = "add --offload, then " * (not cfg.offload)
     print(f"more than {args.vram:g}: {first}lower --batch_size, --num_frames, --height, --width, --lora_rank")
     return 1
 

@@ -66,7 +66,7 @@ def test_the_same_things_spelled_another_way_are_the_same(copied, tmp_path, monk
 
 OTHER = {
     "lr": (dict(lr=0.5), r"started with --lr 0.0002:"),
-    "target": (dict(reward_target=2.0), "started without --reward_target:"),
+    "target": (dict(decode_frames=1), "started without --decode_frames:"),
     "offload": (dict(offload=True), "started with --offload False:"),
     "reward": (dict(reward="colorful + 0.1*dynamic"), "started with --reward colorful:"),
     "fewer": (dict(steps=1), "give --steps as many"),
@@ -333,7 +333,7 @@ def test_a_device_that_is_not_there_is_refused(device, settings):
 
 def test_values_out_of_range_are_refused(settings):
     for change in itertools.chain(
-        (dict(reward_target=value) for value in (math.nan, math.inf, 1e300)),
+        (dict(eta=value) for value in (math.nan, math.inf, 1e300)),
         (dict(steps=value) for value in (0, -1, 10**20)),
         (dict(reward=f"{weight}*colorful") for weight in ("9" * 400, "1e5", "nan")),
         (dict(zip(["out"], [""], strict=True)), dict(lora=""), dict(lora_rank=100_000), dict(dtype="fp16")),

@@ -27,7 +27,7 @@ class CogVideoX(TextToVideoUNet):
     @classmethod
     def skeleton(cls, source):
         config = read_config(source, "transformer/config.json")
-        plain = not config["use_rotary_positional_embeddings"]
+        plain = not config.get("use_rotary_positional_embeddings")
         need(plain, f"{source} has rotary positions (5B, 1.5), for which there is no code: CogVideoX-2b")
         return super().skeleton(source)
 

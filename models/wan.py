@@ -6,6 +6,7 @@ import diffusers
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from rewards import need
 from vader import HERE, PUBLISHED, TINY, TextToVideoUNet, read_config, straight_through_clamp, tabulate
 
 
@@ -29,6 +30,7 @@ class Wan(TextToVideoUNet):
         """Euler steps of rectified flow (Liu et al. 2022): x = (1 - sigma) x0 + sigma noise, f its slope."""
         config = read_config(self.source, "scheduler/scheduler_config.json")
         shift = config.get("flow_shift") or config.get("shift", 1.0)
+        need(0 < shift < 100, f"{self.source}: the scheduler's shift must be above 0, not {shift}")
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
         scheduler.set_timesteps(cfg.num_inference_steps)
         return tabulate(scheduler)

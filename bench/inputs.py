@@ -1,0 +1,300 @@
+"""Bad inputs by the hundred, made here: is each refused in one line, at once, and is nothing changed by it?
+
+    python bench/inputs.py [flags runs ...]     # these kinds, else all: about 10 minutes of a core
+
+Each goes through `vader.main` in a forked process. Right is exit code 2 ("vader.py: error: ...") or 1
+("vader.py: stopped: ..."), that line alone on stderr, and in it the flag or file; a run folder is as before,
+a new --out empty. Prints what went wrong, and a count by kind; the exit code is 0 if nothing did.
+"""
+
+import collections
+import contextlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+import torch  # noqa: E402 (these need the line above, or the one below)
+from PIL import Image  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+from torch.utils._pytree import tree_flatten  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import vader  # noqa: E402
+
+TINY, LIMIT, MEMORY = ROOT / "tiny", 60, 16 << 30  # seconds and bytes that an input may take
+SMALL = "--num_inference_steps 1 --num_frames 2 --height 32 --width 32 --steps 1 --eval_videos 1"
+SMALL += " --batch_size 1 --grad_accum 1 --model tiny --reward colorful --prompts"
+OUTCOMES = "refused passes accepted traceback lines slow unnamed changed".split()
+LONG, NOISE, TEXT = "x" * 5000, "\0é\x07noise" * 99, "a red cube\na blue moon\n"
+
+# Tables: cells with a bar between. OTHER: flags of a run gone on with; EDITS: of json files.
+SETTINGS = """\
+--device cuda|--device cuda:9|--device xla|--device mps|--device tpu|--device cpu:x|--device meta|--dtype fp16
+--guidance_scale 1 --negative_prompt x|--lora_targets to_q,|--lora_targets conv1|--height 33|--steps 1 2|@x|-x
+--width 4|--decode_frames 3|--backprop_steps 2|--width 80000000|--num_frames 999999999|--reward_weights models
+--num_frames 1 --reward dynamic|--num_frames 1 --reward vjepa|--model tiny-wan --num_frames 5 --height 24|x|--
+--model tiny-wan --num_frames 3|--model tiny-wan --num_frames 5 --eta .5|--lora run/lora --lora_targets to_q
+--lora run/lora --lora_rank 3|--lora run/lora --lora_alpha 3|--reward_weights README.md|--model tiny-i2v"""
+REWARDS = """\
++|colorful +|+ colorful|0.5*|*colorful|1e3*colorful|nan*colorful|9999999999*colorful|1**colorful|0.5 colorful
+colorful - dynamic|colorful, dynamic|colorful*0.5|(colorful)|Colorful|colorfull|:|é|colorful + colorful|remove
+clip + 2*clip|colorful:3|smooth:x|remove:|remove:nosuch|hps:3|action|action:nosuch|clip:a b/c|clip:a/b"""
+MODELS = "a b/c|../x|a/b/c|name with spaces|a/b|/nosuch|a//b|a/|é/x|Tiny|README.md|tiny/images|tiny/t2v/unet|"
+MODELS += "http://x.y/a/b|a/b@main|.|WanPipeline|tiny/t2v/unet/diffusion_pytorch_model.safetensors"
+LINES = r"""{|[]|null|1|"text"|{}|text|{"prompt": 1}|{"prompt": null}|{"prompt": ["a"]}|{"promt": "a"}|NaN
+{"prompt": "a", "label": 1}|{"prompt": ""}|{"prompt": "a"} {"prompt": "b"}|{'prompt': 'a'}
+{"prompt": 1e400}|{"prompt": true}|{"prompt": {"a": "b"}}|{"PROMPT": "a"}|{"prompt": "a"|{"prompt": "\ud800"}
+{"prompt": "a", "image": 1}|{"prompt": "a", "image": ["a"]}|{"prompt": "a", "image": true}|{"prompt": "a"},
+{"prompt": "a", "image": "nosuch.png"}|{"prompt": "a", "image": "a\u0000b"}|{"prompt": "a", "image": "."}"""
+OTHER = """\
+seed 1|lr .5|reward dynamic|num_frames 3|height 40|num_inference_steps 2|guidance_scale 2|eta .5|lora run/lora
+coupling .5|detach_uncond 1|decode_frames 1|steps 1|timestep_spacing leading|batch_size 2
+grad_accum 2|max_grad_norm 2|lora_rank 2|lora_targets to_q|eval_videos 2|negative_prompt x|offload 1
+prompts tiny/unseen.txt|eval_prompts tiny/unseen.txt|model tiny-wan --num_frames 5"""
+EDITS = """\
+t2v model_index text_encoder ["diffusers","X"] ["nosuch","X"] ["os","path"] 1 "x" ["diffusers"] {} GONE
+t2v model_index _class_name "Nosuch" "LTXPipeline" "FluxPipeline" 1 null [] GONE|i2v unet/config in_channels 4
+t2v unet/config _class_name "UNet2DConditionModel" GONE|t2v vae/config _class_name "AutoencoderKLWan" GONE
+t2v vae/config latent_channels 16 "x"|t2v unet/config in_channels 9 "x"|wan model_index boundary_ratio 0.9
+t2v scheduler/scheduler_config clip_sample true|t2v scheduler/scheduler_config prediction_type "nosuch" 1
+t2v scheduler/scheduler_config num_train_timesteps "x" 0|wan scheduler/scheduler_config flow_shift "x" -1 NaN
+wan model_index transformer_2 ["diffusers","WanTransformer3DModel"]|wan model_index expand_timesteps true
+cogvideox transformer/config use_rotary_positional_embeddings true|lora adapter_config peft_type "IA3" GONE
+lora adapter_config r 0 -1 "x" 3|lora adapter_config target_modules [] null ["nosuch"] ["to_q"] 1"""
+# Not read, or tokenizer.json, beside them, holds what they do. Changes after which all is as it was.
+UNREAD = r"merges.txt|vocab.json|README.md|\.lock|index.html|data.js|.*\.mp4|"
+HARMLESS = r"(tokenizer|preprocessor)_config.json: \{\}|t2v/tokenizer/tokenizer.json: removed|\(the same\)"
+cells = re.compile(r"[|\n]").split
+
+
+# ---- Damage: (name, inside, change). inside: of the dictionary that a file holds, not of its bytes ---------
+def edit(key, value):
+    return lambda row: {k: v for k, v in (row | {key: value}).items() if str(v) != "GONE"}
+
+
+BYTES = [("removed", False, lambda data: None), ("cut", False, lambda data: data[: len(data) // 2])]
+for text in ("[]", "null", "{}", "", NOISE):
+    BYTES += [(text[-5:] or "empty", False, lambda data, text=text: text.encode())]
+TENSORS = [("one gone", True, lambda state: dict(sorted(state.items())[1:]))]
+TENSORS += [("half gone", True, lambda state: dict(sorted(state.items())[::2]))]
+TENSORS += [("prefix", True, lambda state: {f"model.{name}": w for name, w in state.items()})]
+TENSORS += [("other shape", True, lambda state: state | {max(state): torch.zeros(7)})]
+TENSORS += [("one more", True, lambda state: state | {"nobody": torch.zeros(1)})]
+for x in (torch.nan, torch.inf):
+    TENSORS += [(str(x), True, lambda state, x=x: state | {max(state): state[max(state)].float() * x})]
+
+
+def damage(path, inside, change):
+    plain = path.suffix == ".safetensors"
+    if not inside:
+        data = change(path.read_bytes())
+    elif path.suffix == ".json":
+        data = json.dumps(change(json.loads(path.read_text()))).encode()
+    else:
+        whole = load_file(path) if plain else torch.load(path, weights_only=True)
+        part = inside if inside in whole else "state_dict" if "state_dict" in whole else None
+        data = whole | {part: change(whole[part])} if part else change(whole)
+    path.unlink()  # it may be a link
+    if isinstance(data, dict):
+        save_file(data, path, {"format": "pt"}) if plain else torch.save(data, path)
+    elif data is not None:
+        path.write_bytes(data)
+
+
+def harmed(source, folder, more=(), skip="$", copy=os.symlink):
+    """For all that can happen to a file of source, and more: a harmed copy of source; gives what was done."""
+    todo = [*more]
+    for file in sorted(path.relative_to(source) for path in source.rglob("*") if path.is_file()):
+        known = BYTES + TENSORS * bool(re.search(r"\.safetensors|\.pth|HPS", file.name))
+        todo += [(file, *harm) for harm in known if not re.match(UNREAD + skip, file.name)]
+    for name, file, key, *values in map(str.split, cells(EDITS)):
+        changes = {v: edit(key, v if v == "GONE" else json.loads(v)) for v in values if name == source.name}
+        todo += [(f"{file}.json", f"{key}={v}", True, change) for v, change in changes.items()]
+    for file, name, *how in todo:
+        shutil.copytree(source, folder, copy_function=copy)
+        damage(folder / file, *how)
+        yield f"{source.name}/{file}: {name}"
+        shutil.rmtree(folder)
+
+
+# ---- Kinds of inputs: (what, flags, pattern of what the line must name; None: it may pass) -----------------
+def flags(work):
+    """Every flag: wrong types, values out of range, none, misspelt."""
+    for name, hint in get_type_hints(vader.Config).items():
+        kinds, values = get_args(hint) or (hint,), ["", "nosuch", f"/nosuch/{LONG}", f"{10**20}", "nan"]
+        low = vader.RANGES.get(name, (0 if float in kinds else 1, 0))[0]
+        values += "inf -inf 1e400 1,5 0x10".split()
+        if {int, float} & {*kinds}:
+            values += ["1.5"] * (float not in kinds) + ["-1"] * (low >= 0) + ["0"] * (low > 0)
+        for value in [] if name in ("negative_prompt", "out") else values:
+            yield f"--{name}={value[:30]}", [f"--{name}={value}"], f"--{name}|{value[:30] or name}"
+        yield f"--{name[:-1]}", [f"--{name[:-1]}=1"], f"--{name[:-1]}"
+
+
+def settings(work):
+    """Devices, sizes, rewards and names of models that do not exist, or do not fit."""
+    for text in cells(SETTINGS):
+        words = [str(work / word) if (work / word).exists() else word for word in text.split()]
+        yield text, words, "|".join([*re.findall(r"--\w+", text), "argument|memory|image|dynamic|vjepa"])
+    for flag, table in (("--reward", REWARDS), ("--model", MODELS)):
+        for text in cells(table):
+            yield f"{flag} {text}", [flag, text], "|".join([flag, *re.findall(r"\w\w+", text)])
+
+
+def prompts(work):
+    """Prompt files, as --prompts and as --eval_prompts."""
+    (made := work / "prompts").mkdir()
+    files = {
+        "empty": b"",
+        "blank": b" \n\t\n",
+        "comments": b"# a\n#b",
+        "nul": b"a\0b\nc",
+        "noise": NOISE.encode("utf-16"),
+    }
+    files |= {"bom": b"\xef\xbb\xbf", "latin": b"caf\xe9\nb", "utf16": TEXT.encode("utf-16")}
+    files = {f"{name}.txt": data for name, data in files.items()} | {"list.jsonl": b"[]"}
+    files |= {f"good.{end}": TEXT.encode() for end in "csv tsv json CSV md gz parquet xlsx bak".split()}
+    lines = [*cells(LINES), "[" * 10**5, '{"prompt": ' + "9" * 5000]
+    files |= {f"{n}.jsonl": b'{"prompt": "a cube"}\n' + line.encode() for n, line in enumerate(lines)}
+    for name, data in files.items():
+        (made / name).write_bytes(data)
+    (made / "one").write_text("a red cube\n" * 2)
+    yield "one prompt", ["--prompts", made / "one"], "one"
+    for flag in ("--prompts", "--eval_prompts"):
+        for name in [*files, "nosuch.txt", ".", "empty.txt/x", "/dev/null"]:
+            yield f"{flag} {name} {files.get(name, b'')[21:70]}", [flag, made / name], str(made / name)
+
+
+def images(work):
+    """Pictures for a model that starts from one."""
+    (made := work / "pictures").mkdir()
+    files = {"empty.png": b"", "text.png": b"hello", "a.svg": b"<svg></svg>", "noise.png": NOISE.encode()}
+    for end in ("png", "jpg", "gif", "webp", "tiff", "bmp"):
+        Image.open(TINY / "photo-cat.jpg").convert("RGB").save(made / f"whole.{end}")
+        data = (made / f"whole.{end}").read_bytes()
+        files |= {f"{part} of.{end}": data[: int(len(data) * part)] for part in (0.01, 0.5, 0.9)}
+    for size in ((14000, 13000), (2**31 - 1, 2**31 - 1), (0, 8), (0, 0)):  # what a BMP says of itself
+        files[f"{size}.bmp"] = data[:18] + b"".join(n.to_bytes(4, "little") for n in size) + data[26:]
+    for name, data in files.items():
+        (made / name).write_bytes(data)
+    odd = ["nosuch.png", ".", "http://x/y.png", "", None, LONG, "a\0b", 1, ["whole.png"], True, {}]
+    for image in [*files, *odd]:
+        rows = [{"prompt": "a cube", "image": "whole.png"}, {"prompt": "a moon", "image": image}]
+        (made / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        yield str(image)[:40], ["--model", "tiny-i2v", "--prompts", made / "bad.jsonl"], str(made)
+
+
+def models(work):
+    """Folders of models with one thing damaged, or without weights."""
+    for source in (TINY / "t2v", TINY / "wan", TINY / "i2v", ROOT / "configs" / "cogvideox"):
+        words = ["--model", work / "model", "--num_frames", {"wan": 5, "cogvideox": 9}.get(source.name, 2)]
+        words += ["--prompts", TINY / "images.jsonl"] if source.name == "i2v" else []
+        yield from ((what, words, str(work / "model")) for what in harmed(source, work / "model"))
+
+
+def weights(work):
+    """Folders of rewards with one thing damaged."""
+    for name in "aesthetic clip hps pickscore remove:star action:rising vjepa".split():
+        made, words = work / "rewards" / name.split(":")[0], ["--reward", name, "--reward_weights"]
+        for what in harmed(TINY / "rewards" / made.name, made):
+            yield what, [*words, made.parent], str(made)
+
+
+def loras(work):
+    """Folders of LoRAs that are damaged, or of another model."""
+    for words in (["--mode", mode, "--lora"] for mode in ("train", "sample")):
+        for what in harmed(work / "run" / "lora", work / "lora"):
+            yield f"{words[1]}: {what}", [*words, work / "lora"], str(work / "lora")
+        for place in ("nosuch", "good.txt", "run", TINY / "t2v", "wan/lora"):
+            yield f"{words[1]}: {place}", [*words, work / place], "--lora"
+
+
+def runs(work):
+    """Run folders, damaged or gone on with by other settings, and what can't be --out."""
+    good, run, file = work / "run", work / "copy", Path("checkpoint") / "state.pt"
+    again, size = ["--out", run, "--resume", "--steps", 3], (good / file).stat().st_size
+    todo = [(file, f"lora: {name}", "lora", change) for name, _, change in TENSORS]
+    for key in ("step", "lora", "optimizer"):
+        todo += [(file, f"{key}={value}", True, edit(key, value)) for value in ("GONE", "x", {}, -1, 2.5)]
+    for at in range(100, size, size // 20):
+        flip = lambda data, at=at: data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]  # noqa: E731
+        todo += [(file, f"bit of byte {at}", False, flip)]
+    for what in harmed(good, run, todo, "adapter", shutil.copy2):
+        with contextlib.suppress(Exception):  # bits that the file's reader does not look at
+            a, b = (tree_flatten(torch.load(at / file, weights_only=True)) for at in (good, run))
+            same = all(x.equal(y) if torch.is_tensor(x) else x == y for x, y in zip(a[0], b[0], strict=True))
+            what += " (the same)" * (same and a[1] == b[1] and "bit of" in what)
+        yield what, again, str(run)
+    shutil.copytree(good, run)
+    for text in cells(OTHER):
+        words = [str(work / word) if (work / word).exists() else word for word in text.split()]
+        yield f"resumed with --{text}", [*again, f"--{words[0]}", *words[1:]], f"--{words[0]}|prompts|{run}"
+    for place in ["/proc/x", "/dev/null", "/dev/null/x", "/sys/x", LONG, run / "lora", run / "config.json"]:
+        yield f"--out {str(place)[:40]}", ["--out", place], f"--out|{place}"
+
+
+# ---- Running them ------------------------------------------------------------------------------------------
+def judge(work, words, wanted):
+    """Give an input to `vader.main` in a forked process -> one of OUTCOMES, exit code, lines on stderr."""
+    files = {path: path.read_bytes() for path in (work / "copy").rglob("*") if path.is_file()}
+    words = [*SMALL.split(), work / "good.txt", "--out", work / "out", *words]
+    if not (child := os.fork()):
+        for number in (1, 2):
+            os.dup2(os.open(work / f"said{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+        signal.alarm(LIMIT)
+        try:
+            code = vader.main([str(word) for word in words])
+        except BaseException:
+            code = traceback.print_exc() or 99
+        sys.stdout.flush()
+        os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    text = (work / "said2").read_text(errors="replace")
+    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
+    begin = {1: "vader.py: stopped: ", 2: "vader.py: error: "}.get(code, "?")
+    wrong = {"slow": code == -signal.SIGALRM, "accepted": code == 0 and wanted, "passes": code == 0}
+    wrong |= {"traceback": begin == "?" or "Traceback" in text}
+    wrong |= {"lines": len(lines) != 1 or not text.startswith(begin)}
+    same = all(path.is_file() and path.read_bytes() == data for path, data in files.items())
+    changed = not same or any((work / "out").glob("[!.]*"))
+    wrong |= {"unnamed": not re.search(wanted or "", text), "changed": changed}
+    shutil.rmtree(work / "out", ignore_errors=True)
+    return next((name for name, found in wrong.items() if found), "refused"), code, lines
+
+
+def main():
+    kinds = {kind.__name__: kind for kind in (flags, settings, prompts, images, models, weights, loras, runs)}
+    counts = {name: collections.Counter() for name in sys.argv[1:] or kinds}
+    os.chdir(ROOT)
+    with tempfile.TemporaryDirectory(prefix="inputs") as folder:
+        work = Path(folder)
+        (work / "good.txt").write_text(TEXT)
+        for name, words in {"run": ["--steps", 2], "wan": ["--model", "tiny-wan", "--num_frames", 5]}.items():
+            assert judge(work, ["--out", work / name, *words], None)[0] == "passes"
+        for kind, count in counts.items():
+            for what, words, wanted in kinds[kind](work):
+                found, code, lines = judge(work, words, None if re.search(HARMLESS, what) else wanted)
+                count[found] += 1
+                if found not in OUTCOMES[:2]:
+                    print(f"{found}: {kind}: {what} (exit {code})", *lines[-3:], sep="\n    ", flush=True)
+    counts["all"] = sum(counts.values(), collections.Counter())
+    print(f"\n{'kind':9}{'cases':>7}", *(f"{outcome:>10}" for outcome in OUTCOMES))
+    for name, count in counts.items():
+        print(f"{name:9}{count.total():7}", *(f"{count[outcome]:10}" for outcome in OUTCOMES))
+    return int(any(counts["all"][outcome] for outcome in OUTCOMES[2:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
