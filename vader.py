@@ -91,7 +91,6 @@ class Config:
     guidance_scale: float | None = arg(None, "classifier-free guidance; 1 is off, half the time")
     eta: float = arg(0.0, "share of noise added at each DDIM step; 0 is deterministic")
     timestep_spacing: Literal["trailing", "leading", "linspace"] = arg("trailing", "leading hardly trains")
-    # the gradient and the objective
     backprop_steps: int = arg(1, "K, denoising steps that get a gradient; costs time, not memory")
     grad_steps: Literal["auto", "last", "spread", "random", "strongest"] = arg("auto", "auto is the model's")
     coupling: float = arg(1.0, "share of the gradient through a step's input; 1 is exact, K = 1 ignores it")
@@ -109,7 +108,6 @@ class Config:
     lora_rank: int | None = arg(None, "rank of each adapter")
     lora_alpha: int | None = arg(None, "adapters are scaled by alpha / rank; default alpha = rank")
     lora_targets: str | None = arg(None, "linear layers by the end of their names; default: attention")
-    # evaluation, files, machine
     eval_prompts: str | None = arg(None, "prompt file; default every tenth of --prompts. Never trained on")
     eval_every: int | None = arg(None, "updates between evaluations; one more before, one after")
     eval_videos: int = arg(16, "videos per evaluation, each time the same prompts and seeds; 0: none")
@@ -120,7 +118,7 @@ class Config:
 
 # Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
 RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
-RANGES |= dict(eta=(0, 1), coupling=(0, 1), max_grad_norm=(1e-12, 1e9))
+RANGES |= dict(eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
 RANGES |= dict(eval_videos=(0, 1e9), lora_rank=(1, 1024), height=(1, 4096), width=(1, 4096))
 
 # Defaults that models share, see `presets` of their classes: those with published weights, those in tiny/.
@@ -239,10 +237,8 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     ready = cfg.tracker == "none" or importlib.util.find_spec(cfg.tracker)
     need(ready, f"--tracker {cfg.tracker} is not installed: pip install {cfg.tracker}")
     with reading(f"{source}: the scheduler's config is damaged"):
-        need(
-            read_config(source, "scheduler/scheduler_config.json").get("_class_name"),
-            f"{source}: no scheduler",
-        )
+        config = read_config(source, "scheduler/scheduler_config.json")
+        need("_class_name" in config, f"{source}: scheduler_config.json names no scheduler")
         family(source, device, DTYPES[cfg.dtype]).schedule(cfg)  # raises for a sampler that is no line
     with reading("your reward must be a function (frames, prompts)"):
         rewards.parse(cfg.reward) if reward is None else inspect.signature(reward).bind(None, None)
@@ -253,6 +249,8 @@ def check_lora(folder: str, skeleton: torch.nn.Module) -> dict:
     """The settings of a LoRA. Raises BadInput unless it has all matrices for this denoiser, all finite."""
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         need((Path(folder) / name).is_file(), f"--lora {folder}: there is no {name}: give a lora folder")
+    kind = rewards.read_json(Path(folder) / "adapter_config.json").get("peft_type")
+    need(kind == "LORA", f"--lora {folder}: its adapter_config.json is that of a {kind}")
     with reading(f"--lora {folder} is damaged, or made for another model"):
         config = replace(peft.PeftConfig.from_pretrained(folder), base_model_name_or_path=None)
         fits = peft.get_peft_model_state_dict(peft.get_peft_model(skeleton, config))
@@ -294,6 +292,7 @@ def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
                 need(not row and (text.encode() or image) and isinstance(image, str | None), wanted)
             image = str(Path(path).parent / image) if image else None
             if image:
+                need(Path(image).is_file(), f"{path}, {number}: can't read the image {image}: no such file")
                 family.open_image(image)
         prompts.append(Prompt(text, image))
     bare = family.images == "must" and not all(prompt.image for prompt in prompts)
@@ -372,7 +371,7 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
         c = rescale(torch.ones_like(x), t).mean().item()
         a, b, s, large = scheduler.step(f, t, x, **noisy).prev_sample.flatten().tolist()
         linear = math.isclose(large, 100 * (a if i % 2 else b), rel_tol=1e-5, abs_tol=1e-5)
-        need(linear and (eta or s == 0), "this scheduler clips or draws noise: take one that does neither")
+        need(linear and (eta or s == 0), "scheduler_config.json: this one clips or draws noise, take another")
         rows.append((a, b, c, s))
     tables = map(list, zip(*rows, strict=True))
     return Schedule(scheduler.timesteps, *tables, start=float(getattr(scheduler, "init_noise_sigma", 1)))
@@ -894,10 +893,8 @@ def train(cfg: Config, reward=None) -> list[dict]:
             with reading(f"{out}/checkpoint/state.pt is damaged: give another --out"):
                 step, skipped, own = int(state["step"]), state["skipped"], state["lora"]
                 finite = all(w.isfinite().all() for w in own.values())
-                need(
-                    own.keys() == lora_parameters(model).keys() and finite,
-                    f"{out}/checkpoint/state.pt has another LoRA: give another --out",
-                )
+                fits = finite and own.keys() == lora_parameters(model).keys()
+                need(fits, f"{out}/checkpoint/state.pt has another LoRA: give another --out")
                 model.denoiser.load_state_dict(own, strict=False)
                 optimizer.load_state_dict(state["optimizer"])
                 scaler.load_state_dict(state["scaler"])
@@ -906,7 +903,6 @@ def train(cfg: Config, reward=None) -> list[dict]:
         if rank == 0:
             versions = {part.__name__: part.__version__ for part in (torch, diffusers, peft, transformers)}
             write_whole(out / "config.json", json.dumps(vars(cfg) | now | {"versions": versions}, indent=1))
-            # rows after the checkpoint will be made again
             rows = [to_json(row) + "\n" for row in read_metrics(out) if state and row["step"] <= step]
             write_whole(out / "metrics.jsonl", "".join(rows))
             none = {"make_tracker": lambda cfg: lambda row: None}

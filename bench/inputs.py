@@ -63,7 +63,6 @@ coupling .5|detach_uncond 1|decode_frames 1|steps 1|timestep_spacing leading|bat
 grad_accum 2|max_grad_norm 2|lora_rank 2|lora_targets to_q|eval_videos 2|negative_prompt x|offload 1
 prompts tiny/unseen.txt|eval_prompts tiny/unseen.txt|model tiny-wan --num_frames 5"""
 EDITS = """\
-t2v model_index text_encoder ["diffusers","X"] ["nosuch","X"] ["os","path"] 1 "x" ["diffusers"] {} GONE
 t2v model_index _class_name "Nosuch" "LTXPipeline" "FluxPipeline" 1 null [] GONE|i2v unet/config in_channels 4
 t2v unet/config _class_name "UNet2DConditionModel" GONE|t2v vae/config _class_name "AutoencoderKLWan" GONE
 t2v vae/config latent_channels 16 "x"|t2v unet/config in_channels 9 "x"|wan model_index boundary_ratio 0.9
