@@ -418,7 +418,7 @@ def test_a_lora_of_another_model_or_a_damaged_one_is_refused(loaded, tmp_path, c
     for damaged in (dict(list(weights.items())[1:]), {k: w / 0 for k, w in weights.items()}, {}):
         save_file(damaged, file)
         with pytest.raises(BadInput, match="damaged"):
-            vader.check_lora(folder, model.skeleton(model.source))
+            vader.borrow("lora", "--lora")["check_lora"](folder, model.skeleton(model.source), {})
 
 
 # ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
@@ -599,7 +599,7 @@ def test_ctrl_c_ends_the_run_and_says_how_to_go_on(settings, tmp_path, capsys, m
     assert vader.main(command(cfg)) == 1
     signal.signal(signal.SIGINT, handler)
     said = capsys.readouterr().err
-    assert said.splitlines()[-1].startswith("vader.py: stopped") and "--resume" in said.splitlines()[-1]
+    assert said.splitlines()[-1].startswith("vader.py: stopped") and "resume=True" in said.splitlines()[-1]
     assert said.count("vader.py: ") == 1 and "Traceback" not in said
     state, lora = state_of(cfg.out)
     assert state["step"] == 1 and same(lora, lora_of(cfg.out))

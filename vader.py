@@ -14,8 +14,9 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
     g               d loss / d x, walked backwards      w         classifier-free guidance scale
     v               d loss / d frames                   K, T      trained steps, sampling steps
 
-Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py, further models
-in models/. The loss is minus the reward; the paper's own loss form for each reward is left out.
+Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. What a flag
+asks for is in models/, and `borrow` reads it: further models, pictures, --lora, --tracker, --mode. The loss
+is minus the reward; the paper's own loss form for each reward is left out.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ import math
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import sys
@@ -40,21 +42,33 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+import psutil
+
 SCRIPT = __name__ == "__main__" and "__file__" in globals()  # not imported, nor pasted into a notebook
-STOPPED = "vader.py: stopped; a training run goes on by the same command with --resume added\n"
-if SCRIPT:  # Ctrl-C is one line at any time, while importing too: files are whole, nothing is to be tidied up
-    signal.signal(signal.SIGINT, lambda *_: os._exit(os.write(2, b"\n" + STOPPED.encode()) and 130))
+
+
+def stop(*_):
+    """On Ctrl-C, at any time: one line. Files are whole at any moment, so there is nothing to tidy up."""
+    launcher = psutil.Process().parent() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    words = launcher.cmdline() if launcher else [sys.executable, *sys.orig_argv[1:]]
+    command = shlex.join(words if "--resume" in words else [*words, "--resume"])
+    more = "" if re.search("--mode[ =](sample|eval)", command) else f"; go on with: {command}"
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"\nvader.py: stopped{more}\n".encode())
+    os._exit(130)
+
+
+if SCRIPT:  # before the imports, which take seconds
+    signal.signal(signal.SIGINT, stop)
 
 import diffusers
 import imageio.v3 as iio
 import numpy as np
 import peft
-import psutil
 import torch
 import torch.distributed as dist
 import transformers
 from filelock import FileLock
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 import rewards
@@ -75,6 +89,7 @@ def arg(default, help: str):
 class Config:
     """Everything that can be set. None is off, or the model's own default (its class's `presets`)."""
 
+    # what to do
     reward: str = arg("aesthetic", 'a reward of rewards.py or a weighted sum, "aesthetic + 0.5*colorful"')
     prompts: str = arg("prompts.txt", "a text file, one a line (not # lines), or .jsonl with an image each")
     model: str = arg("auto", "auto (modelscope on a CUDA GPU, else tiny), a short name, a hub id, a folder")
@@ -83,6 +98,7 @@ class Config:
     out: str | None = arg(None, "output folder; default runs/<reward>-<model>, runs/<mode>-<reward>-<model>")
     resume: bool = arg(False, "go on with the run in --out, with the same settings (how long may change)")
     seed: int = arg(0, "the same seed gives bitwise the same run on a CPU (and as many threads)")
+    # the video and its sampler
     negative_prompt: str = arg("", "what guidance leads away from")
     num_frames: int | None = arg(None, "frames of a video")
     height: int | None = arg(None, "pixels, a multiple of 8, 16 or 32, as the model's")
@@ -91,6 +107,7 @@ class Config:
     guidance_scale: float | None = arg(None, "classifier-free guidance; 1 is off, half the time")
     eta: float = arg(0.0, "share of noise added at each DDIM step; 0 is deterministic")
     timestep_spacing: Literal["trailing", "leading", "linspace"] = arg("trailing", "leading hardly trains")
+    # the gradient and the reward
     backprop_steps: int = arg(1, "K, denoising steps that get a gradient; costs time, not memory")
     grad_steps: Literal["auto", "last", "spread", "random", "strongest"] = arg("auto", "auto is the model's")
     coupling: float = arg(1.0, "share of the gradient through a step's input; 1 is exact, K = 1 ignores it")
@@ -100,6 +117,7 @@ class Config:
     checkpointing: bool | None = arg(None, "recompute activations: less memory, more time; default on a GPU")
     offload: bool = arg(False, "what is idle waits in host memory: less memory, more time")
     reward_weights: str | None = arg(None, "folder with sub-folders of rewards, to load these from")
+    # the optimiser and the LoRA
     steps: int | None = arg(None, "updates")
     lr: float | None = arg(None, "learning rate of AdamW, constant")
     batch_size: int | None = arg(None, "videos made at once; costs memory")
@@ -108,7 +126,8 @@ class Config:
     lora_rank: int | None = arg(None, "rank of each adapter")
     lora_alpha: int | None = arg(None, "adapters are scaled by alpha / rank; default alpha = rank")
     lora_targets: str | None = arg(None, "linear layers by the end of their names; default: attention")
-    eval_prompts: str | None = arg(None, "prompt file; default every tenth of --prompts. Never trained on")
+    # evaluation, files, machine
+    eval_prompts: str | None = arg(None, "prompt file; default every tenth of --prompts; not trained on")
     eval_every: int | None = arg(None, "updates between evaluations; one more before, one after")
     eval_videos: int = arg(16, "videos per evaluation, each time the same prompts and seeds; 0: none")
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "where to log as well")
@@ -137,10 +156,9 @@ FAMILIES = {
     "wan.Wan": ("wan", "tiny-wan", "WanPipeline"),
 }
 
-
-# What a pipeline may have: no second transformer, no setting that changes what is computed.
-PARTS = "unet transformer vae scheduler tokenizer text_encoder image_encoder feature_extractor"
-PARTS = {*PARTS.split(), "motion_adapter", "safety_checker", "requires_safety_checker"}
+# What a model_index.json may hold: no second transformer, no setting that changes what is computed.
+PARTS = "_class_name _diffusers_version _name_or_path unet transformer vae scheduler tokenizer text_encoder"
+PARTS += " image_encoder feature_extractor motion_adapter safety_checker requires_safety_checker"
 
 
 def check_fields(cfg: Config):
@@ -167,15 +185,14 @@ def find_model(model: str) -> tuple[type, str, dict]:
     line_of, name = {name: line for line, names in FAMILIES.items() for name in names}, model
     pipelines = [name for name in line_of if name.endswith("Pipeline")]
     if model in pipelines or model not in line_of:
-        if not Path(model).exists() and "/" not in model:
-            near = difflib.get_close_matches(model, line_of.keys() - pipelines, n=1, cutoff=0)[0]
-            raise BadInput(f"unknown model {model!r}: did you mean {near!r}? Hub ids and folders will do too")
+        near = difflib.get_close_matches(model, line_of.keys() - pipelines, n=1, cutoff=0)[0]
+        known = Path(model).exists() or "/" in model
+        need(known, f"unknown model {model!r}: did you mean {near!r}? Hub ids and folders will do too")
         index = read_config(model, "model_index.json")
         name = index.get("_class_name")
         need(name in pipelines, f"{model} is a {name}; there is code for: {', '.join(pipelines)}")
-        odd = [key for key, value in index.items() if value and value != [None, None] and key[0] != "_"]
-        odd = sorted({*odd} - PARTS)
-        need(not odd, f"{model}: there is no code for the {odd and odd[0]} of its model_index.json")
+        odd = [key for key in index.keys() - PARTS.split() if index[key] not in (None, False, [None, None])]
+        need(not odd, f"{model}: there is no code for the {min(odd, default='')} of its model_index.json")
     module, class_name = line_of[name].split(".")
     family = TextToVideoUNet if module == "vader" else borrow(module, name)[class_name]
     preset = family.presets.get(model) or next(iter(family.presets.values())) | {"source": model}
@@ -200,21 +217,18 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     cuda = device.startswith("cuda")
     model = ("modelscope" if cuda else "tiny") if cfg.model == "auto" else cfg.model
     family, source, preset = find_model(model)
-    bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     # "remove:book + 0.5*hps" becomes the folder name remove-book-0.5-hps
     name = getattr(reward, "__name__", "custom") if reward else cfg.reward
     label = re.sub(r"[^\w.]+", "-", f"{name}-{Path(model).name if '/' in model else model}").strip("-")
     found = preset | dict(grad_steps=family.grad_steps, checkpointing=device != "cpu")
     found |= dict(lora_alpha=cfg.lora_rank or preset["lora_rank"], lora_targets="to_q,to_k,to_v,to_out.0")
-    found["dtype"] = "bf16" if bf16 else "fp16" if cuda else "fp32"
+    found["dtype"] = half if cuda else "fp32"
     found["out"] = f"runs/{label}" if cfg.mode == "train" else f"runs/{cfg.mode}-{label}"
     given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto")}
     skeleton = family.skeleton(source)  # raises when the checkpoint needs code that the family lacks
     if cfg.lora:
-        found |= (own := check_lora(cfg.lora, skeleton))
-        for key in own.keys() & given.keys():
-            same = {*str(given[key]).replace(" ", "").split(",")} == {*str(own[key]).split(",")}
-            need(same, f"--{key} {given[key]}: the LoRA in --lora has {own[key]}, leave the flag out")
+        found |= borrow("lora", "--lora")["check_lora"](cfg.lora, skeleton, given)
     found |= given | {"model": model, "device": device, "reward": name}
     cfg = replace(cfg, **{name: found[name] for name in vars(cfg).keys() & found.keys()})
 
@@ -240,25 +254,12 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
         config = read_config(source, "scheduler/scheduler_config.json")
         need("_class_name" in config, f"{source}: scheduler_config.json names no scheduler")
         family(source, device, DTYPES[cfg.dtype]).schedule(cfg)  # raises for a sampler that is no line
-    with reading("your reward must be a function (frames, prompts)"):
-        rewards.parse(cfg.reward) if reward is None else inspect.signature(reward).bind(None, None)
+    if reward is None:
+        rewards.parse(cfg.reward)
+    else:
+        with reading("your reward must be a function (frames, prompts)"):
+            inspect.signature(reward).bind("frames", "prompts")
     return cfg, source, family
-
-
-def check_lora(folder: str, skeleton: torch.nn.Module) -> dict:
-    """The settings of a LoRA. Raises BadInput unless it has all matrices for this denoiser, all finite."""
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        need((Path(folder) / name).is_file(), f"--lora {folder}: there is no {name}: give a lora folder")
-    kind = rewards.read_json(Path(folder) / "adapter_config.json").get("peft_type")
-    need(kind == "LORA", f"--lora {folder}: its adapter_config.json is that of a {kind}")
-    with reading(f"--lora {folder} is damaged, or made for another model"):
-        config = replace(peft.PeftConfig.from_pretrained(folder), base_model_name_or_path=None)
-        fits = peft.get_peft_model_state_dict(peft.get_peft_model(skeleton, config))
-        state, targets = load_file(Path(folder) / name), ",".join(sorted(config.target_modules))
-    good = {k for k, w in state.items() if k in fits and w.shape == fits[k].shape and w.isfinite().all()}
-    other = (fits.keys() | state.keys()) - good
-    need(not other, f"--lora {folder} was made for another model, or is damaged: {min(other, default='')}")
-    return dict(lora_rank=config.r, lora_alpha=config.lora_alpha, lora_targets=targets)
 
 
 # ---- 2. Prompts and randomness -----------------------------------------------------------------------------
@@ -283,18 +284,18 @@ def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
         if not line or line.startswith("#"):
             continue
-        text, image = line, None
+        prompt, image = line, None
         if kind == ".jsonl":
             wanted = f'{path}, line {number}: write {{"prompt": "...", "image": "file.png"}}'
             with reading(wanted):
                 row = json.loads(line)
-                text, image = row.pop("prompt", "").strip(), row.pop("image", None)
-                need(not row and (text.encode() or image) and isinstance(image, str | None), wanted)
-            image = str(Path(path).parent / image) if image else None
+                prompt, image = row.pop("prompt", "").strip(), row.pop("image", None) or None
+                need(not row and (prompt.encode() or image) and isinstance(image, str | None), wanted)
             if image:
-                need(Path(image).is_file(), f"{path}, {number}: can't read the image {image}: no such file")
+                image = str(Path(path).parent / image)
+                need(Path(image).is_file(), f"{path}, line {number}: there is no image {image}")
                 family.open_image(image)
-        prompts.append(Prompt(text, image))
+        prompts.append(Prompt(prompt, image))
     bare = family.images == "must" and not all(prompt.image for prompt in prompts)
     need(not bare, f"{path}: this model starts from an image: use .jsonl, with one in each line")
     need(prompts, f"{path} holds no prompts: write one a line")
@@ -314,11 +315,6 @@ def split_prompts(cfg: Config, family: type | None = None) -> tuple[list[Prompt]
         left = f"{len(kept)} others are left to train on" if kept else "they train too, no gain is held out"
         print(f"{cfg.prompts}: of {len(lines)} prompts some stand twice, or are held out: {left}")
     return kept or prompts, held_out
-
-
-def ranks() -> tuple[int, int]:
-    """This process's number, and how many there are, as torchrun tells them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def generator_for(*key) -> torch.Generator:
@@ -634,6 +630,11 @@ def walk_back(run: Run, batch: Batch, latents, g):
 
 
 # ---- 6. Files and resume -----------------------------------------------------------------------------------
+def ranks() -> tuple[int, int]:
+    """This process's number, and how many there are, as torchrun tells them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
 def write_whole(path: Path, content: str | bytes):
     """Write a file so that a kill leaves the old one or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -673,17 +674,22 @@ def read_metrics(out: Path) -> list[dict]:
         return sorted(whole, key=lambda row: int(row["step"]))
 
 
-def append_metrics(out: Path, row: dict):
+def append_metrics(out: Path, row: dict, track=None):
+    """Add a row to metrics.jsonl, and give it to the function `track`, of --tracker."""
     with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(to_json(row) + "\n")
+    if track:
+        track(row)
 
 
 def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | None]:
     """What must stay the same when a run goes on, and the checkpoint in --out or None. Raises BadInput."""
+    # what must stay: the settings but these, the prompts in use, the number of processes
     free = {"out", "resume", "steps", "eval_every", "tracker", "device", "prompts", "eval_prompts"}
     now = {name: value for name, value in vars(cfg).items() if name not in free}
     used = [(text, image and Path(image).is_file() and Path(image).read_bytes()) for text, image in prompts]
     now |= {"processes": ranks()[1], "prompts used": hashlib.sha256(repr(used).encode()).hexdigest()}
+
     out, file = Path(cfg.out), Path(cfg.out) / "checkpoint" / "state.pt"
     found = {path.name for path in out.glob("[!.]*") if not path.name.startswith("tmp-")}
     run = cfg.mode == "train" and "config.json" in found
@@ -731,17 +737,17 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the float32 adapters
     terms, texts = {cfg.reward: (1.0, reward)} if reward else {}, [prompt.text for prompt in prompts]
-    toy = find_model(cfg.model)[2].get("rewards")
+    dtype, toy = DTYPES[cfg.dtype], find_model(cfg.model)[2].get("rewards")
     if cfg.mode != "sample" and not reward:
-        weights = [cfg.reward_weights, toy]
-        terms = rewards.make_terms(cfg.reward, cfg.device, DTYPES[cfg.dtype], weights, texts)
-    model = family(source, cfg.device, DTYPES[cfg.dtype])
+        terms = rewards.make_terms(cfg.reward, cfg.device, dtype, [cfg.reward_weights, toy], texts)
+    model = family(source, cfg.device, dtype)
     run = Run(cfg, model, model.schedule(cfg), terms, {})
-    train, texts = cfg.mode == "train", texts[: cfg.batch_size]
-    picks = pick_latent_frames(run, generator_for(0)) if train else range(cfg.num_frames)
-    frames = sum(model.frames_in(n) for n in picks) if train else cfg.num_frames
+    # a reward that can't score, or has no gradient, shows on noise, before anything large loads
+    train, texts, frames = cfg.mode == "train", texts[: cfg.batch_size], cfg.num_frames
+    if train:
+        frames = sum(map(model.frames_in, pick_latent_frames(run, generator_for(0))))
     noise = torch.rand(len(texts), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
-    rewards.weighted_rewards(terms, noise, texts, cfg.decode_chunk, 1.0 if train else None)  # can they?
+    rewards.weighted_rewards(terms, noise, texts, cfg.decode_chunk, 1.0 if train else None)
     bring(run, denoiser=False, scoring=False)  # room for the text encoder, maybe the largest part of all
     run.conds = model.encode([*dict.fromkeys(prompts), Prompt(cfg.negative_prompt)], cfg)
     model.load()
@@ -892,9 +898,8 @@ def train(cfg: Config, reward=None) -> list[dict]:
         if state:
             with reading(f"{out}/checkpoint/state.pt is damaged: give another --out"):
                 step, skipped, own = int(state["step"]), state["skipped"], state["lora"]
-                finite = all(w.isfinite().all() for w in own.values())
-                fits = finite and own.keys() == lora_parameters(model).keys()
-                need(fits, f"{out}/checkpoint/state.pt has another LoRA: give another --out")
+                same = own.keys() == lora_parameters(model).keys()
+                need(same and all(w.isfinite().all() for w in own.values()), "it has another LoRA")
                 model.denoiser.load_state_dict(own, strict=False)
                 optimizer.load_state_dict(state["optimizer"])
                 scaler.load_state_dict(state["scaler"])
@@ -905,8 +910,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
             write_whole(out / "config.json", json.dumps(vars(cfg) | now | {"versions": versions}, indent=1))
             rows = [to_json(row) + "\n" for row in read_metrics(out) if state and row["step"] <= step]
             write_whole(out / "metrics.jsonl", "".join(rows))
-            none = {"make_tracker": lambda cfg: lambda row: None}
-            log = (none if cfg.tracker == "none" else borrow("tracker", "--tracker"))["make_tracker"](cfg)
+            track = None if cfg.tracker == "none" else borrow("tracker", "--tracker")["make_tracker"](cfg)
             steps = trained_steps(run, generator_for(cfg.seed))
             leverage = {i: round(run.schedule.leverage(i), 3) for i in steps}
             print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
@@ -918,8 +922,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
                 found = evaluated[step] = evaluate(run, eval_prompts, f"samples/step_{step:06d}")
                 if step == 0 and not np.isfinite(found["reward"]).all():
                     raise FloatingPointError(f"{cfg.reward} of the videos before training is not finite")
-                append_metrics(out, {"step": step, "eval": found})
-                log({"step": step, "eval": found})
+                append_metrics(out, {"step": step, "eval": found}, track)
                 change = summary(evaluated[min(evaluated)]["reward"], found["reward"])
                 print(f"update {step}: held-out reward {change}" + f"; base: {cfg.lora}" * bool(cfg.lora))
             if rank == 0 and evaluated:
@@ -938,8 +941,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
                         way = f"mend the reward, or lower --lr, with --lora {out}/lora and another --out"
                         raise FloatingPointError(f"ten {what} in a row not finite, {where}: {way}")
                     if rank == 0:
-                        append_metrics(out, row | {"skipped": skipped})
-                        log(row)
+                        append_metrics(out, row | {"skipped": skipped}, track)
                         save_lora(model, out / "lora")
                         state = dict(step=step + 1, skipped=skipped, scaler=scaler.state_dict())
                         state["lora"] = {name: p.detach() for name, p in lora_parameters(model).items()}
@@ -988,7 +990,7 @@ def main(argv: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"vader.py: stopped: {error}", file=sys.stderr)
     except KeyboardInterrupt:  # where another script has called this
-        print(f"\n{STOPPED}", end="", file=sys.stderr)
+        print("\nvader.py: stopped; train(replace(cfg, resume=True)) goes on", file=sys.stderr)
     return 1
 
 

@@ -30,6 +30,7 @@ import estimators  # noqa: E402
 import generalise  # noqa: E402
 import memory  # noqa: E402
 import reference  # noqa: E402
+import strip  # noqa: E402
 
 TINY, TOY = HERE.parent / "tiny" / "t2v", str(HERE.parent / "tiny" / "rewards")
 
@@ -370,6 +371,16 @@ def test_stills_show_a_row_per_evaluation(tmp_path, monkeypatch):
     picture = iio.imread(tmp_path / "stills.png") / 255
     assert picture.shape == (256, 8 * 128, 3)
     np.testing.assert_allclose([picture[:128].mean(), picture[128:].mean()], shades, atol=0.03)
+
+
+def test_a_strip_has_the_first_and_the_last_evaluation(tmp_path):
+    for name, shade in (("a", 0.2), ("b", 0.5), ("c", 0.8)):
+        vader.append_metrics(tmp_path, {"step": 0, "eval": {"folder": name}})
+        for n in range(6):
+            vader.write_video(tmp_path / name / f"{n:03d}.mp4", torch.full((4, 3, 16, 16), shade))
+    picture = strip.strip(tmp_path) / 255
+    assert picture.shape == (6 * 128, 6 * 128, 3)
+    np.testing.assert_allclose([picture[:, :384].mean(), picture[:, 384:].mean()], [0.2, 0.8], atol=0.03)
 
 
 @pytest.mark.parametrize("way", [list(estimators.WAYS)[-1], *slow(*list(estimators.WAYS)[:-1])])

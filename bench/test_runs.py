@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import images
 import numpy as np
+import psutil
 import pytest
 import torch
 from filelock import FileLock
@@ -217,7 +219,23 @@ def test_ctrl_c_is_one_line_at_any_time(mode, after, tmp_path):
         time.sleep(0.05)
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said and process.returncode == 130
-    assert said.splitlines()[-1].startswith("vader.py: stopped;") and "--resume" in said
+    last = said.splitlines()[-1]
+    goes_on = f"; go on with: {shlex.join([*words, '--resume'])}" if mode == "train" else ""
+    assert last == f"vader.py: stopped{goes_on}"
+
+
+def test_the_line_that_resumes_is_right_under_torchrun(settings):
+    """The launcher's own words, its arguments too."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "vader.py"]
+    words = [*launcher, *command(replace(settings, steps=10_000, eval_videos=0))]
+    process = subprocess.Popen(words, cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    while not (Path(settings.out) / "checkpoint" / "state.pt").exists():
+        assert process.poll() is None
+        time.sleep(0.2)
+    (worker,) = [child for child in psutil.Process(process.pid).children() if "vader.py" in child.cmdline()]
+    worker.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert f"vader.py: stopped; go on with: {shlex.join([*words, '--resume'])}\n" in said
 
 
 def test_train_works_in_a_thread(settings):

@@ -1,0 +1,36 @@
+"""--lora: what a trained LoRA must be before a model loads."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import peft
+from safetensors.torch import load_file
+
+from rewards import need, read_json, reading
+
+
+def check_lora(folder: str, skeleton, given: dict) -> dict:
+    """A LoRA's rank, alpha and targets, as settings. Raises BadInput.
+
+    skeleton: the denoiser without weights; the LoRA must have all matrices for it, all finite. given: the
+    user's settings, which must not say otherwise.
+    """
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        need(
+            (Path(folder) / name).is_file(), f"--lora {folder}: there is no {name}: give a run's lora folder"
+        )
+    kind = read_json(Path(folder) / "adapter_config.json").get("peft_type")
+    need(kind == "LORA", f"--lora {folder}: its adapter_config.json is that of a {kind}")
+    with reading(f"--lora {folder} is damaged, or made for another model"):
+        config = replace(peft.PeftConfig.from_pretrained(folder), base_model_name_or_path=None)
+        fits = peft.get_peft_model_state_dict(peft.get_peft_model(skeleton, config))
+        state = load_file(Path(folder) / "adapter_model.safetensors")
+        targets = ",".join(sorted(config.target_modules))
+    good = {k for k, w in state.items() if k in fits and w.shape == fits[k].shape and w.isfinite().all()}
+    other = (fits.keys() | state.keys()) - good
+    need(not other, f"--lora {folder} was made for another model, or is damaged: {min(other, default='')}")
+    has = dict(lora_rank=config.r, lora_alpha=config.lora_alpha, lora_targets=targets)
+    for name in has.keys() & given.keys():
+        same = {*str(given[name]).replace(" ", "").split(",")} == {*str(has[name]).split(",")}
+        need(same, f"--{name} {given[name]}: the LoRA in --lora has {has[name]}, leave the flag out")
+    return has
