@@ -549,12 +549,12 @@ def test_a_run_can_die_at_any_write(settings, tmp_path, monkeypatch):
             raise Killed
         move(source, target)
 
-    def append_or_die(out, row):
+    def append_or_die(out, row, track):
         if fatal == "row" or fatal == "evaluation" and row["step"] and "eval" in row:
             with open(out / "metrics.jsonl", "a") as file:
                 file.write(json.dumps(row)[:20])
             raise Killed
-        append(out, row)
+        append(out, row, track)
 
     monkeypatch.setattr(os, "replace", move_or_die)
     monkeypatch.setattr(vader, "append_metrics", append_or_die)

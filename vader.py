@@ -186,8 +186,7 @@ def find_model(model: str) -> tuple[type, str, dict]:
     pipelines = [name for name in line_of if name.endswith("Pipeline")]
     if model in pipelines or model not in line_of:
         near = difflib.get_close_matches(model, line_of.keys() - pipelines, n=1, cutoff=0)[0]
-        known = Path(model).exists() or "/" in model
-        need(known, f"unknown model {model!r}: did you mean {near!r}? Hub ids and folders will do too")
+        need(Path(model).exists() or "/" in model, f"unknown model {model!r}: did you mean {near!r}?")
         index = read_config(model, "model_index.json")
         name = index.get("_class_name")
         need(name in pipelines, f"{model} is a {name}; there is code for: {', '.join(pipelines)}")
@@ -293,7 +292,10 @@ def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
                 need(not row and (prompt.encode() or image) and isinstance(image, str | None), wanted)
             if image:
                 image = str(Path(path).parent / image)
-                need(Path(image).is_file(), f"{path}, line {number}: there is no image {image}")
+                need(
+                    Path(image).is_file(),
+                    f"{path}, line {number}: can't read the image {image}, it is not there",
+                )
                 family.open_image(image)
         prompts.append(Prompt(prompt, image))
     bare = family.images == "must" and not all(prompt.image for prompt in prompts)
@@ -591,9 +593,8 @@ def score(run: Run, batch: Batch, x):
     cfg, picks = run.cfg, batch.picks
     pieces = [picks[i : i + cfg.decode_chunk] for i in range(0, len(picks), cfg.decode_chunk)]
     with torch.no_grad():
-        video = run.model.decode(x, picks)  # (B, N, 3, H, W)
-    sizes = [sum(run.model.frames_in(n) for n in piece) for piece in pieces]
-    video.requires_grad_()
+        video = run.model.decode(x, picks).requires_grad_()  # (B, N, 3, H, W)
+    sizes = [sum(map(run.model.frames_in, piece)) for piece in pieces]
     texts = [prompt.text for prompt in batch.prompts]
     found = rewards.weighted_rewards(run.terms, video, texts, cfg.decode_chunk, batch.scale)
     v = -video.grad / len(x)
@@ -911,8 +912,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
             rows = [to_json(row) + "\n" for row in read_metrics(out) if state and row["step"] <= step]
             write_whole(out / "metrics.jsonl", "".join(rows))
             track = None if cfg.tracker == "none" else borrow("tracker", "--tracker")["make_tracker"](cfg)
-            steps = trained_steps(run, generator_for(cfg.seed))
-            leverage = {i: round(run.schedule.leverage(i), 3) for i in steps}
+            leverage = {i: round(run.schedule.leverage(i), 3) for i in trained_steps(run, generator_for(0))}
             print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
         evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
         while True:
