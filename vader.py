@@ -292,10 +292,7 @@ def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
                 need(not row and (prompt.encode() or image) and isinstance(image, str | None), wanted)
             if image:
                 image = str(Path(path).parent / image)
-                need(
-                    Path(image).is_file(),
-                    f"{path}, line {number}: can't read the image {image}, it is not there",
-                )
+                need(Path(image).is_file(), f"{path}, line {number}: can't read the image {image}: no file")
                 family.open_image(image)
         prompts.append(Prompt(prompt, image))
     bare = family.images == "must" and not all(prompt.image for prompt in prompts)
