@@ -824,6 +824,10 @@ def write_page(cfg: Config, rows: list[dict]):
     """index.html, which is page.html, and its data: the rows of metrics.jsonl."""
     data = to_json({"config": vars(cfg), "rows": rows, "toy": "rewards" in find_model(cfg.model)[2]})
     write_whole(Path(cfg.out) / "data.js", f"window.run = {data};\n")
+    folders = [Path(cfg.out) / row["eval"]["folder"] for row in rows if "eval" in row]
+    lost = [folder.name for folder in folders if not (folder / "000.mp4").exists()]
+    if lost:
+        print(f"the page has no videos of {', '.join(lost)}: they are gone")
     if PAGE.exists():
         write_whole(Path(cfg.out) / "index.html", PAGE.read_bytes())
 

@@ -1,8 +1,10 @@
 """Run folders: one run in each, nothing lost, nothing stale; prompts and pictures; what people expect."""
 
+import errno
 import itertools
 import math
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -141,12 +143,13 @@ def now(cfg):
     return cfg, [prompt for part in vader.split_prompts(cfg, family) for prompt in part]
 
 
-def test_the_page_never_decides_whether_training_goes_on(copied):
+def test_the_page_never_decides_whether_training_goes_on(copied, capsys):
     out = Path(copied.out)
     (out / "index.html").unlink()
     (out / "data.js").unlink()
     shutil.rmtree(out / "samples" / "step_000000")
     vader.train(copied)
+    assert capsys.readouterr().out.count("the page has no videos of step_000000: they are gone\n") == 1
     assert (out / "index.html").exists() and "step_000002" in (out / "data.js").read_text()
     rows = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
     (out / "metrics.jsonl").write_text("".join(rows[1:]))
@@ -163,6 +166,23 @@ def test_a_folder_is_one_runs_and_what_a_kill_left_goes(copied):
     (out / "tmp-config.json").write_text("{")
     vader.train(replace(copied, steps=3))
     assert not list(out.glob("tmp-*"))
+
+
+def test_a_disk_that_is_full_is_one_line(settings, monkeypatch, capsys):
+    """Mocked: while a run writes, as before one loads."""
+    whole, full = vader.write_whole, []
+
+    def write(path, content):
+        if path.name in full:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        whole(path, content)
+
+    monkeypatch.setattr(vader, "write_whole", write)
+    for name in ("tmp-room", "state.pt"):
+        full[:] = [name]
+        assert vader.main(command(replace(settings, steps=1, eval_videos=0, resume=True))) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert "No space left on device" in said[-1] and sum("vader.py: " in line for line in said) == 1
 
 
 def test_a_folder_that_can_not_be_written_is_one_line(settings, tmp_path, monkeypatch):
@@ -243,6 +263,27 @@ def test_train_works_in_a_thread(settings):
     thread.start()
     thread.join()
     assert [row["step"] for row in vader.read_metrics(Path(settings.out))] == [0, 1, 1]
+
+
+def test_progress_and_messages_never_share_a_line(settings):
+    words = [sys.executable, "vader.py", *command(replace(settings, eval_every=1, eval_videos=1))]
+    streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    said = subprocess.run(words, cwd=HERE, text=True, check=True, **streams).stdout
+    lines = [line for line in re.split("[\r\n]", said) if "held-out reward" in line]
+    assert len(lines) == 3 and all(line.startswith("update ") for line in lines)
+    assert not any("train:" in line and "videos" in line for line in re.split("[\r\n]", said))
+
+
+def test_memory_on_a_gpu_is_the_peak_of_the_update(settings, monkeypatch):
+    """Mocked, as there is none: the peak is forgotten before the update, and TF32 is on."""
+    calls, run = [], load(settings)
+    assert torch.get_float32_matmul_precision() == "high"
+    run.model.device = "cuda:0"
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: calls.append("reset"))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: calls.append("read") or 3e9)
+    monkeypatch.setattr(vader, "micro_batch", lambda *a: calls.append("update") or {})
+    row = vader.update(run, PROMPTS, 0, vader.make_optimizer(run))
+    assert calls == ["reset", "update", "read"] and row["memory_gb"] == 3
 
 
 # ---- Prompts and pictures ----------------------------------------------------------------------------------
