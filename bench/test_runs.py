@@ -121,6 +121,7 @@ def test_a_damaged_run_is_one_line_and_left_alone(name, how, copied):
     assert hashes(Path(copied.out)) == before
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_in_the_checkpoint_is_seen(copied):
     file, draw = Path(copied.out) / "checkpoint" / "state.pt", random.Random(0)
     whole, true = file.read_bytes(), vader.find_checkpoint(*now(copied))[1]
@@ -229,7 +230,10 @@ def test_a_base_reward_that_is_not_finite_stops_at_once(settings):
 
 
 # ---- Stopping ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("mode, after", [("train", 0.4), ("train", 6), ("sample", 7.5), ("sample", 9)])
+SLOW = [pytest.param("train", 6, marks=pytest.mark.slow), pytest.param("sample", 9, marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("mode, after", [("train", 0.4), ("sample", 7.5), *SLOW])
 def test_ctrl_c_is_one_line_at_any_time(mode, after, tmp_path):
     words = [sys.executable, "vader.py", "--mode", mode, "--model", "tiny", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(words, cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -244,6 +248,7 @@ def test_ctrl_c_is_one_line_at_any_time(mode, after, tmp_path):
     assert last == f"vader.py: stopped{goes_on}"
 
 
+@pytest.mark.slow
 def test_the_line_that_resumes_is_right_under_torchrun(settings):
     """The launcher's own words, its arguments too."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "vader.py"]
@@ -265,6 +270,7 @@ def test_train_works_in_a_thread(settings):
     assert [row["step"] for row in vader.read_metrics(Path(settings.out))] == [0, 1, 1]
 
 
+@pytest.mark.slow
 def test_progress_and_messages_never_share_a_line(settings):
     words = [sys.executable, "vader.py", *command(replace(settings, eval_every=1, eval_videos=1))]
     streams = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
