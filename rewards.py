@@ -7,11 +7,10 @@
 evenly spaced frames, "all" for every frame. `weights` is None for the published weights, or the folder that
 holds the same files, DIR/name of `--reward_weights DIR`. A `make` with a parameter `arg` gets what follows
 the colon in `--reward name:arg`; when that has no default, it must be given.
-Optional: `reward.report`, {name: (B,)} figures of the last call to log beside the reward;
-`reward.check(prompts)`, called once before training, which raises BadInput when it can't work with them;
-`reward.networks`, a list of modules, for `--offload` to move to host memory while no video is scored.
+Optional: `reward.report`, {name: (B,)} figures of the last call, to log; `reward.check(prompts)`, called once
+before training, raises BadInput; `reward.networks`, modules that `--offload` moves to host memory.
 
-Your own reward: write `make_mine` by imitating `make_colorful`, and add one line to REWARDS at the end.
+Your own reward: write `make_mine` by imitating `make_colorful`; `need` refuses what it can't work with.
 """
 
 import contextlib
@@ -22,8 +21,8 @@ import json
 import os
 import pickle
 import re
+import runpy
 import struct
-import sys
 import zipfile
 from pathlib import Path
 
@@ -31,6 +30,7 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+import transformers
 from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 from huggingface_hub import errors as hub
 from PIL import Image
@@ -38,21 +38,15 @@ from safetensors import SafetensorError
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    CLIPModel,
-    CLIPTokenizer,
-    CLIPVisionModelWithProjection,
-    VideoMAEForVideoClassification,
-    VJEPA2Model,
-    YolosForObjectDetection,
-)
+from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ---- 1. Shared pieces --------------------------------------------------------------------------------------
-class BadInput(ValueError):
+class BadInput(Exception):
     """A setting or file that can't be used; its message is one line that says what to do."""
 
 
@@ -64,22 +58,19 @@ def need(ok, message: str):
 
 def hub_problem(error: Exception, source: str) -> str:
     """What to do about an exception of huggingface_hub; its more particular classes come first."""
-    status = error.response.status_code if isinstance(error, hub.HfHubHTTPError) else 0
-    refused = {401: "run `hf auth login`", 429: "too many requests: wait, or run `hf auth login`"}
-    http = sys.modules[hub.HTTPError.__module__]  # httpx, or what has replaced it
+    status = getattr(getattr(error, "response", None), "status_code", "")
+    late = "does not answer" if "Timeout" in type(error).__name__ else "can't be reached"
     offline = "check the network, or take --model tiny, needing none"
-    rows = [
-        (hub.GatedRepoError, f"accept its terms on huggingface.co/{source}, then run `hf auth login`"),
-        (hub.RepositoryNotFoundError, "no such folder, nor on the hub: check it, or run `hf auth login`"),
-        (hub.HFValidationError, "no such folder, and no hub id either: check the spelling"),
-        (hub.LocalTokenNotFoundError, "run `hf auth login`"),
-        (hub.OfflineModeIsEnabled, f"it is not in the cache, and HF_HUB_OFFLINE is set: {offline}"),
-        (hub.HfHubHTTPError, refused.get(status, f"the hub answers {status}: try again later")),
-        (http.TimeoutException, f"the hub does not answer: {offline}"),
-        ((http.HTTPError, ConnectionError, hub.LocalEntryNotFoundError), f"no way to the hub: {offline}"),
-        (OSError, f"{error}: make room, or set HF_HOME to a place on another disk"),
-    ]
-    return next(text for kinds, text in rows if isinstance(error, kinds))
+    rows = {
+        hub.GatedRepoError: f"accept its terms on huggingface.co/{source}, then run `hf auth login`",
+        hub.RepositoryNotFoundError: "no such folder, nor on the hub: check it, or run `hf auth login`",
+        hub.HFValidationError: "no such folder, and no hub id either: check the spelling",
+        hub.OfflineModeIsEnabled: f"it is not in the cache, and HF_HUB_OFFLINE is set: {offline}",
+        (hub.HfHubHTTPError, hub.LocalTokenNotFoundError): f"error {status}: wait, or run `hf auth login`",
+        (hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError): f"the hub {late}: {offline}",
+        OSError: f"{error}: make room, or set HF_HOME to a place on another disk",
+    }
+    return next(text for kinds, text in rows.items() if isinstance(error, kinds))
 
 
 @functools.cache
@@ -90,13 +81,13 @@ def list_hub(source: str) -> list[str]:
 
 def fetch(source: str, name: str, flag: str) -> Path:
     """One file of a folder; or of a hub repository, from the cache, else downloaded. Raises BadInput."""
-    where, cached = Path(source), None
+    where = Path(source)
     need(not where.is_file(), f"{flag}: {source} is a file: give the folder that has its config beside it")
     if where.is_dir():
-        cached = str(where / name) if (where / name).is_file() else None
-        need(cached, f"{flag}: there is no {name} in the folder {source}")
+        need((where / name).is_file(), f"{flag}: there is no {name} in the folder {source}")
+        return where / name
     try:
-        cached = cached or try_to_load_from_cache(source, name)
+        cached = try_to_load_from_cache(source, name)
         if not isinstance(cached, str):
             need(name in list_hub(source), f"{flag}: there is no {name} in {source} on the hub")
             cached = hf_hub_download(source, name)
@@ -115,8 +106,6 @@ def reading(problem: str):
     """Inside, what libraries raise on damaged files is one line, `problem` first. Raises BadInput."""
     try:
         yield
-    except BadInput:
-        raise
     except DAMAGED as error:
         raise BadInput(f"{problem} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
 
@@ -143,24 +132,26 @@ def pick_files(names, network: bool, half: bool) -> list[str]:
     return groups.get(max((key for key, files in groups.items() if len(files) == key[2]), default=None), [])
 
 
-def load(kind, source: str, flag: str, subfolder="", dtype=None, more="$"):
+def load(kind, source: str, flag: str, subfolder="", dtype=None, device=None, more="$"):
     """`kind.from_pretrained`, whole: nothing missing, nothing that nobody takes, every number finite.
 
-    kind: class of a network or tokenizer in transformers or diffusers; source: a folder or hub id; more:
-    pattern of the keys that the published file is known to hold beyond these. Raises BadInput.
+    kind: class of a network or tokenizer in transformers or diffusers; source: a folder or hub id; device:
+    of what is to be `frozen`; more: pattern of the keys that the published file holds. Raises BadInput.
     """
-    network, half = hasattr(kind, "state_dict"), dtype in (torch.float16, torch.bfloat16)
+    network = hasattr(kind, "state_dict") or "AutoModel" in kind.__name__
+    half = dtype in (torch.float16, torch.bfloat16)
     prefix = f"{subfolder}/" if subfolder else ""
-    config = "preprocessor" if "Processor" in kind.__name__ else "tokenizer"
+    config = "preprocessor" if "ImageProcessor" in kind.__name__ else "tokenizer"
     folder = fetch(source, prefix + ("config.json" if network else f"{config}_config.json"), flag).parent
     files = pick_files(os.listdir(folder), network, half)
     if not files and not Path(source).is_dir():
         names = [name.removeprefix(prefix) for name in list_hub(source) if name.startswith(prefix)]
         files = pick_files(names, network, half)
-        for name in [*filter(re.compile(r"[^/]*\.(json|txt|model)").fullmatch, names), *files]:
+        for name in [*filter(re.compile(r"[^/]*\.(json|txt|model|jinja)").fullmatch, names), *files]:
             fetch(source, prefix + name, flag)
-    what = "weights" if network else "its vocabulary"
-    need(files, f"{flag}: {folder} lacks {what}, or a part of that: get it again")
+    need(
+        files, f"{flag}: {folder} lacks {'weights' if network else 'its vocabulary'}, or a part: get it again"
+    )
     with reading(f"{flag}: the {kind.__name__} in {folder} is damaged, get it again"):
         if not network:
             need("tokenizer.json" not in files or read_json(folder / "tokenizer.json")["model"]["vocab"], "")
@@ -173,7 +164,7 @@ def load(kind, source: str, flag: str, subfolder="", dtype=None, more="$"):
     odd += [key for key, w in state.items() if not w.isfinite().all()]
     said = f"{flag}: {len(odd)} weights of the {kind.__name__} in {folder} are missing, odd or not finite"
     need(not odd, f"{said}, as {min(map(str, odd), default='')}: get it again")
-    return made
+    return made if device is None else frozen(made, device, dtype)
 
 
 def load_state(network, path: Path, inside: str | None = None):
@@ -182,6 +173,7 @@ def load_state(network, path: Path, inside: str | None = None):
         state = torch.load(path, map_location="cpu", weights_only=True)
         network.load_state_dict(state[inside] if inside else state)
         need(all(w.isfinite().all() for w in network.state_dict().values()), f"{path}: not all is finite")
+    return network
 
 
 def evenly_spaced(n: int, size: int) -> list[int]:
@@ -202,12 +194,11 @@ def preprocess(frames, size, mean, std, short_side=False, crop=None, mode="bicub
     """
     pictures = exact(frames).flatten(0, -4)
     height, width = pictures.shape[-2:]
-    if short_side:
-        ratio = max(height, width) / min(height, width)
-        size = (size, int(size * ratio)) if height <= width else (int(size * ratio), size)
     size = (size, size) if isinstance(size, int) else size
-    if (height, width) != size:
-        pictures = F.interpolate(pictures, size, mode=mode, antialias=True).clamp(0, 1)
+    if short_side:
+        size = [int(size[0] * side / min(height, width)) for side in (height, width)]
+    if (height, width) != tuple(size):
+        pictures = F.interpolate(pictures, tuple(size), mode=mode, antialias=True).clamp(0, 1)
     if crop:
         top, left = (size[0] - crop) // 2, (size[1] - crop) // 2
         pictures = pictures[..., top : top + crop, left : left + crop]
@@ -215,16 +206,13 @@ def preprocess(frames, size, mean, std, short_side=False, crop=None, mode="bicub
     return (pictures - mean) / std
 
 
-def checkpoint_blocks(network: nn.Module, classes: tuple[str, ...]):
+def checkpoint_blocks(network: nn.Module, classes):
     """Recompute the activations of every block of these classes in the backward pass (Chen et al. 2016).
 
-    diffusers has no such switch for UNet3DConditionModel; for others, its switch leaves out the attention;
-    transformers' works in training mode only.
+    diffusers' own switches are missing, or leave out the attention; transformers' are for training mode only.
     """
 
     def recomputed(forward, *args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
         # as separate tensors, or an outer checkpoint could not free them (CogVideoX's caches: 6 GB)
         leaves, shape = tree_flatten((args, kwargs))
 
@@ -239,10 +227,11 @@ def checkpoint_blocks(network: nn.Module, classes: tuple[str, ...]):
             module.forward = functools.partial(recomputed, module.forward)
 
 
-def frozen(network, device, dtype, blocks=()):
+def frozen(network, device, dtype):
     """Eval mode; no weight gradients, they go through a reward, never into it; checkpointed on a GPU."""
+    kinds = (GradientCheckpointingLayer, open_clip.transformer.ResidualAttentionBlock)
     if str(device).startswith("cuda"):
-        checkpoint_blocks(network, blocks)
+        checkpoint_blocks(network, {type(m).__name__ for m in network.modules() if isinstance(m, kinds)})
     return network.to(device, dtype).eval().requires_grad_(False)
 
 
@@ -261,17 +250,11 @@ def pick_label(names, wanted: str, what: str) -> int:
 
 
 # ---- 2. Image rewards --------------------------------------------------------------------------------------
-class AestheticHead(nn.Module):
+def aesthetic_head(width: int) -> nn.Module:
     """LAION's aesthetic predictor: linear layers, dropouts between, no activations (layers.0/2/4/6/7)."""
-
-    def __init__(self, width):
-        super().__init__()
-        first = [nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2)]
-        last = [nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)]
-        self.layers = nn.Sequential(*first, *last)
-
-    def forward(self, embedding):
-        return self.layers(embedding)
+    first = [nn.Linear(width, 1024), nn.Dropout(0.2), nn.Linear(1024, 128), nn.Dropout(0.2)]
+    last = [nn.Linear(128, 64), nn.Dropout(0.1), nn.Linear(64, 16), nn.Linear(16, 1)]
+    return nn.ModuleDict({"layers": nn.Sequential(*first, *last)})
 
 
 def make_aesthetic(device, dtype, weights=None):
@@ -280,25 +263,24 @@ def make_aesthetic(device, dtype, weights=None):
     Source: github.com/christophschuhmann/improved-aesthetic-predictor, `sac+logos+ava1-l14-linearMSE`.
     """
     path = fetch(weights or "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "aesthetic")
-    model = weights or "openai/clip-vit-large-patch14"
-    more = r"text_|logit_scale"  # of a whole CLIP
-    clip = load(CLIPVisionModelWithProjection, model, "aesthetic", dtype=dtype, more=more)
-    head = AestheticHead(clip.config.projection_dim)
-    load_state(head, path)
-    clip = frozen(clip, device, dtype, ("CLIPEncoderLayer",))
+    kind, model = transformers.CLIPVisionModelWithProjection, weights or "openai/clip-vit-large-patch14"
+    clip = load(
+        kind, model, "aesthetic", dtype=dtype, device=device, more=r"text_|logit_scale"
+    )  # of a whole CLIP
+    head = load_state(aesthetic_head(clip.config.projection_dim), path)
     head = frozen(head, device, torch.promote_types(dtype, torch.float32))
 
     def reward(frames, prompts):
         pixels = preprocess(frames, clip.config.image_size, CLIP_MEAN, CLIP_STD)  # (B * N, 3, S, S)
         embedding = exact(clip(pixel_values=pixels.to(dtype)).image_embeds)  # (B * N, D)
-        return head(F.normalize(embedding, dim=-1)).view(frames.shape[:2]).mean(1)
+        return head.layers(F.normalize(embedding, dim=-1)).view(frames.shape[:2]).mean(1)
 
     reward.frames, reward.networks = 1, [clip, head]
     return reward
 
 
-def image_text_reward(network, embed_image, embed_text):
-    """Cosine of each frame's embedding and its own prompt's, averaged over frames; texts are embedded once.
+def image_text_reward(network, embed_image, embed_text, scale=1.0):
+    """scale x cosine of each frame's embedding and its own prompt's, averaged over frames.
 
     embed_image: (B, N, 3, H, W) -> (B * N, D); embed_text: a prompt -> (1, D).
     """
@@ -309,7 +291,7 @@ def image_text_reward(network, embed_image, embed_text):
             known.update({p: F.normalize(exact(embed_text(p)), dim=-1) for p in {*prompts} - known.keys()})
         texts = torch.stack([known[p] for p in prompts])  # (B, 1, D)
         images = F.normalize(exact(embed_image(frames)), dim=-1).unflatten(0, frames.shape[:2])  # (B, N, D)
-        return (images * texts).sum(-1).mean(1)
+        return scale * (images * texts).sum(-1).mean(1)
 
     reward.frames, reward.networks = 1, [network]
     return reward
@@ -317,8 +299,8 @@ def image_text_reward(network, embed_image, embed_text):
 
 def load_clip(model, text_model, flag, device, dtype, cropped=False):
     """A transformers CLIP: the model, frames (B, N, 3, H, W) -> (B * N, D), and a prompt -> (1, D)."""
-    tokenizer = load(CLIPTokenizer, text_model, flag)
-    clip = frozen(load(CLIPModel, model, flag, dtype=dtype), device, dtype, ("CLIPEncoderLayer",))
+    tokenizer = load(transformers.CLIPTokenizer, text_model, flag)
+    clip = load(transformers.CLIPModel, model, flag, dtype=dtype, device=device)
     size, length = clip.config.vision_config.image_size, clip.config.text_config.max_position_embeddings
     how = dict(short_side=True, crop=size) if cropped else {}
     fill = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
@@ -344,37 +326,26 @@ def make_pickscore(device, dtype, weights=None):
     model = weights or "yuvalkirstain/PickScore_v1"
     text_model = weights or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     clip, *embed = load_clip(model, text_model, "pickscore", device, dtype, cropped=True)
-    cosine, scale = image_text_reward(clip, *embed), exact(clip.logit_scale).exp() / 100
-
-    def reward(frames, prompts):
-        return scale * cosine(frames, prompts)
-
-    reward.frames, reward.networks = 1, [clip]
-    return reward
+    return image_text_reward(clip, *embed, scale=exact(clip.logit_scale).exp() / 100)
 
 
-def make_hps(device, dtype, weights=None, arg=None):
-    """HPSv2 (Wu et al. 2023): cosine of frame and prompt, about 0.2 to 0.35. arg: 2.1 (default) or 2.0.
+def make_hps(device, dtype, weights=None):
+    """HPSv2.1 (Wu et al. 2023): cosine of frame and prompt, about 0.2 to 0.35.
 
     Source: github.com/tgxs002/HPSv2. A folder may bring an open_clip_config.json, else it is a ViT-H-14.
     """
-    files = {"2.1": "HPS_v2.1_compressed.pt", "2.0": "HPS_v2_compressed.pt"}
-    need((arg or "2.1") in files, f"no HPS version {arg!r}: there are hps:2.1 (as plain hps) and hps:2.0")
     folder = weights or "xswu/HPSv2"
-    path, own = fetch(folder, files[arg or "2.1"], "hps"), Path(folder) / "open_clip_config.json"
+    path, own = fetch(folder, "HPS_v2.1_compressed.pt", "hps"), Path(folder) / "open_clip_config.json"
     name, config = "ViT-H-14", open_clip.get_model_config("ViT-H-14")
     if own.exists():
         name, config = f"local-dir:{folder}", read_json(own).get("model_cfg")
-        load(CLIPTokenizer, folder, "hps")
+        load(transformers.CLIPTokenizer, folder, "hps")
     with reading(f"{own} is damaged"):
         clip, tokenizer = open_clip.CLIP(**config), open_clip.get_tokenizer(name)
-    load_state(clip, path, inside="state_dict")
-    clip = frozen(clip, device, dtype, ("ResidualAttentionBlock",))
+    clip = frozen(load_state(clip, path, inside="state_dict"), device, dtype)
 
     def embed_image(frames):
-        size = clip.visual.image_size
-        size = size if isinstance(size, int) else size[0]
-        return clip.encode_image(preprocess(frames, size, CLIP_MEAN, CLIP_STD).to(dtype))
+        return clip.encode_image(preprocess(frames, clip.visual.image_size, CLIP_MEAN, CLIP_STD).to(dtype))
 
     def embed_text(prompt):
         return clip.encode_text(tokenizer([prompt]).to(device))
@@ -388,9 +359,9 @@ def make_remove(device, dtype, weights=None, *, arg):
     Sum over queries of p sigmoid((p - 0.2) / 0.05), p being the object's softmax probability: a faint
     detection counts for little and still has a gradient. Reports the detections above 0.2 as `count`.
     """
-    yolos = load(YolosForObjectDetection, weights or "hustvl/yolos-base", "remove", dtype=dtype)
+    source = weights or "hustvl/yolos-base"
+    yolos = load(transformers.YolosForObjectDetection, source, "remove", dtype=dtype, device=device)
     number, side = pick_label(yolos.config.id2label, arg, "object"), min(512, yolos.config.image_size[0])
-    yolos = frozen(yolos, device, dtype, ("YolosLayer",))
 
     def reward(frames, prompts):
         height, width = frames.shape[-2:]
@@ -421,40 +392,31 @@ def make_colorful(device, dtype, weights=None):
     return reward
 
 
-# the luminance quantisation table of the JPEG standard (ITU-T T.81, table K.1), at quality 50
-JPEG_TABLE = """
-16 11 10 16 24 40 51 61  12 12 14 19 26 58 60 55  14 13 16 24 40 57 69 56  14 17 22 29 51 87 80 62
-18 22 37 56 68 109 103 77  24 35 55 64 81 104 113 92  49 64 78 87 103 121 120 101  72 92 95 98 112 100 103 99
-"""
-
-
 def make_compressible(device, dtype, weights=None):
     """Minus the estimated size of a frame as JPEG, in kB: bits of its quantised 8 x 8 DCT, no network.
 
     A coefficient c in steps of q counts log2(1 + |c / q|), rounding left out; luminance, and both chroma
     planes at half resolution. 2.2 bits each and 0.6 kB of headers fit photographs at quality 50.
     """
+    # the luminance quantisation table of the JPEG standard (ITU-T T.81, table K.1), at quality 50
+    table = """
+    16 11 10 16 24 40 51 61 12 12 14 19 26 58 60 55 14 13 16 24 40 57 69 56 14 17 22 29 51 87 80 62 18 22
+    37 56 68 109 103 77 24 35 55 64 81 104 113 92 49 64 78 87 103 121 120 101 72 92 95 98 112 100 103 99"""
     n = torch.arange(8.0)
     dct = torch.cos((2 * n + 1) * n[:, None] * torch.pi / 16) / 2
     dct[0] /= 2**0.5
-    table = torch.tensor([float(q) for q in JPEG_TABLE.split()]).view(8, 8)
+    table = torch.tensor([float(q) for q in table.split()])
+    waves = torch.einsum("ux,vy->uvxy", dct, dct).view(64, 1, 8, 8) / table.view(64, 1, 1, 1)
     # RGB to luminance, blue and red difference (ITU-T T.871)
     matrix = [[0.299, 0.587, 0.114], [-0.168736, -0.331264, 0.5], [0.5, -0.418688, -0.081312]]
-
-    def bits(plane):
-        """plane: (n, H, W), 0 to 255 -> (n,) bits."""
-        height, width = plane.shape[-2] // 8 * 8, plane.shape[-1] // 8 * 8
-        blocks = plane[:, :height, :width].unflatten(1, (-1, 8)).unflatten(3, (-1, 8)).transpose(2, 3)
-        rows = dct.to(plane)
-        coefficients = rows @ (blocks - 128) @ rows.T / table.to(plane)  # (n, H / 8, W / 8, 8, 8)
-        return torch.log2(1 + coefficients.abs()).flatten(1).sum(1)
 
     def reward(frames, prompts):
         pictures = 255 * exact(frames).flatten(0, 1)
         planes = torch.einsum("yc,nchw->nyhw", torch.tensor(matrix).to(pictures), pictures)
-        chroma = F.avg_pool2d(planes[:, 1:] + 128, 2)
-        size = bits(planes[:, 0]) + bits(chroma[:, 0]) + bits(chroma[:, 1])
-        return -(0.6 + 2.2 * size / 8000).view(frames.shape[:2]).mean(1)
+        planes = planes[:, :1] - 128, *F.avg_pool2d(planes[:, 1:], 2).split(1, dim=1)
+        coefficients = [F.conv2d(plane, waves.to(plane), stride=8) for plane in planes]
+        bits = sum(torch.log2(1 + c.abs()).flatten(1).sum(1) for c in coefficients)
+        return -(0.6 + 2.2 * bits / 8000).view(frames.shape[:2]).mean(1)
 
     reward.frames = 1
     return reward
@@ -467,17 +429,15 @@ def make_action(device, dtype, weights=None, arg=None):
     Without arg each prompt must hold the name of an action; the longest counts. Reports `probability`.
     """
     source = weights or "MCG-NJU/videomae-base-finetuned-kinetics"
-    network = load(VideoMAEForVideoClassification, source, "action", dtype=dtype)
+    network = load(transformers.VideoMAEForVideoClassification, source, "action", dtype=dtype, device=device)
     config = network.config
     fixed = None if arg is None else pick_label(config.id2label, arg, "action")
-    network, size = frozen(network, device, dtype, ("VideoMAELayer",)), config.image_size
 
     def label_of(prompt):
         names = config.id2label.values()
         held = [name for name in names if re.search(rf"\b{re.escape(plain(name))}\b", plain(prompt))]
-        if not held:
-            near = ", ".join(difflib.get_close_matches(prompt, names, n=3, cutoff=0))
-            raise BadInput(f"prompt {prompt!r} names no action; give one, as in action:{near} (the nearest)")
+        near = ", ".join(difflib.get_close_matches(prompt, names, n=3, cutoff=0))
+        need(held, f"prompt {prompt!r} names no action; give one, as in action:{near} (the nearest)")
         return pick_label(config.id2label, max(held, key=len), "action")
 
     def check(prompts):
@@ -487,9 +447,9 @@ def make_action(device, dtype, weights=None, arg=None):
 
     def reward(frames, prompts):
         labels = [label_of(p) if fixed is None else fixed for p in prompts]
-        crop = dict(short_side=True, crop=size, mode="bilinear")
-        pixels = preprocess(frames, size, IMAGENET_MEAN, IMAGENET_STD, **crop).unflatten(0, frames.shape[:2])
-        logits = exact(network(pixel_values=pixels.to(dtype)).logits)  # (B, labels)
+        how = dict(short_side=True, crop=config.image_size, mode="bilinear")
+        pixels = preprocess(frames, config.image_size, IMAGENET_MEAN, IMAGENET_STD, **how).to(dtype)
+        logits = exact(network(pixel_values=pixels.unflatten(0, frames.shape[:2])).logits)  # (B, labels)
         value = logits.log_softmax(-1)[torch.arange(len(prompts)), labels]
         reward.report = {"probability": value.detach().exp()}
         return value
@@ -498,97 +458,39 @@ def make_action(device, dtype, weights=None, arg=None):
     return reward
 
 
-def jepa_masks(time: int, height: int, width: int, blocks: int, area: float, generator):
-    """V-JEPA's mask: `blocks` rectangles, each `area` of a frame, aspect 0.75 to 1.5, through all of time.
-
-    Returns token indices (context,), (target,) of a clip of time x height x width tokens; neither is empty.
-    """
-    inside = torch.zeros(height, width, dtype=torch.bool)
-    for _ in range(blocks):
-        aspect = 0.75 + 0.75 * torch.rand((), generator=generator).item()
-        h = min(max(round((area * height * width * aspect) ** 0.5), 1), height)
-        w = min(max(round((area * height * width / aspect) ** 0.5), 1), width)
-        top = int(torch.randint(height - h + 1, (), generator=generator))
-        left = int(torch.randint(width - w + 1, (), generator=generator))
-        inside[top : top + h, left : left + w] = True
-    if inside.all():
-        inside[0, 0] = False
-    everywhere = inside.expand(time, -1, -1).flatten()
-    return (~everywhere).nonzero()[:, 0], everywhere.nonzero()[:, 0]
-
-
-def jepa_context(model, pixels, context):
-    """Encoder features (B, C, D) of the context tokens (C,) alone: the others are dropped before any layer.
-
-    `VJEPA2Model.forward` drops them after the encoder, when the context has seen them.
-    pixels: (B, N, 3, S, S) normalised.
-    """
-    hidden = model.encoder.embeddings(pixels)[:, context]
-    for layer in model.encoder.layer:
-        hidden = layer(hidden, context.expand(len(pixels), -1))[0]
-    return model.encoder.layernorm(hidden)
-
-
-def jepa_loss(model, pixels, context, target, teacher=None):
-    """V-JEPA's loss (Bardes et al. 2024, eq. 1) of each clip, (B,): L1 of predicted and true features.
-
-    The true ones are layer-normed features of the full clip, by `teacher`, without gradient, as in training;
-    without a teacher by the model itself and with gradient: the loss as a function of the pixels.
-    pixels: (B, N, 3, S, S) normalised; context, target: token indices.
-    """
-    batch, seen = len(pixels), jepa_context(model, pixels, context)
-    # the predictor picks the context out of a whole clip of features
-    features = seen.new_zeros(batch, len(context) + len(target), seen.shape[-1]).index_copy(1, context, seen)
-    rows = ([context.expand(batch, -1)], [target.expand(batch, -1)])
-    predicted = model.predictor(features, *rows).last_hidden_state
-    with torch.set_grad_enabled(teacher is None and torch.is_grad_enabled()):
-        true = (teacher or model).encoder(pixels).last_hidden_state[:, target]
-    predicted, true = exact(predicted), exact(true)
-    return (predicted - F.layer_norm(true, true.shape[-1:])).abs().mean((1, 2))
-
-
 def make_vjepa(device, dtype, weights=None):
     """Minus V-JEPA 2's own masked prediction loss (Assran et al. 2025), from 0 down: how plausible a clip is.
 
-    Averaged over two short-range masks (8 blocks of 15 %) and two long-range ones (2 of 70 %), the same ones
-    at every call. Wants all frames (an odd last one is left out); --decode_frames 16 bounds what that costs.
+    Wants all frames (an odd last one is left out); --decode_frames 16 bounds what that costs.
     """
-    model = load(VJEPA2Model, weights or "facebook/vjepa2-vitl-fpc64-256", "vjepa", dtype=dtype)
-    model = frozen(model, device, dtype, ("VJEPA2Layer",))
-    side, patch, tube = model.config.crop_size, model.config.patch_size, model.config.tubelet_size
+    file = Path(__file__).parent / "models" / "vjepa.py"
+    need(file.is_file(), "vjepa needs models/vjepa.py beside rewards.py: get it from the repository")
+    score = runpy.run_path(str(file))["jepa_score"]
+    source = weights or "facebook/vjepa2-vitl-fpc64-256"
+    model = load(transformers.VJEPA2Model, source, "vjepa", dtype=dtype, device=device)
+    side, tube = model.config.crop_size, model.config.tubelet_size
 
     def reward(frames, prompts):
-        long = frames.shape[1] >= tube
-        need(long, f"vjepa needs at least {tube} frames: raise --decode_frames or --num_frames")
-        n = frames.shape[1] // tube * tube
-        crop = dict(short_side=True, crop=side, mode="bilinear")
-        pixels = preprocess(frames[:, :n], side * 256 // 224, IMAGENET_MEAN, IMAGENET_STD, **crop)
-        pixels = pixels.unflatten(0, (len(frames), n)).to(dtype)
-        generator, losses = torch.Generator().manual_seed(0), []
-        for blocks, area in [(8, 0.15), (2, 0.7)] * 2:
-            masks = jepa_masks(n // tube, side // patch, side // patch, blocks, area, generator)
-            losses.append(jepa_loss(model, pixels, *(mask.to(frames.device) for mask in masks)))
-        return -torch.stack(losses).mean(0)
+        need(frames.shape[1] >= tube, f"vjepa needs {tube} frames: raise --decode_frames or --num_frames")
+        clips, crop = frames[:, : frames.shape[1] // tube * tube], dict(short_side=True, crop=side)
+        pixels = preprocess(clips, side * 256 // 224, IMAGENET_MEAN, IMAGENET_STD, mode="bilinear", **crop)
+        return score(model, pixels.view(*clips.shape[:3], side, side).to(dtype))
 
     reward.frames, reward.networks = "all", [model]
     return reward
 
 
-def coarse(frames):
-    """(B, N, 3, H, W) -> (B, N, 3, 16, 16) by averaging: what moves, without fine texture."""
-    return F.adaptive_avg_pool2d(exact(frames).flatten(0, 1), 16).unflatten(0, frames.shape[:2])
+def changes(frames):
+    """Differences of neighbouring frames at 16 x 16 pixels: (B, N, 3, H, W) -> (B, N - 1, 3, 16, 16)."""
+    return F.adaptive_avg_pool2d(exact(frames).flatten(0, 1), 16).unflatten(0, frames.shape[:2]).diff(dim=1)
 
 
 def make_smooth(device, dtype, weights=None):
-    """Minus how jerky a clip is: its mean squared second difference in time over the first's, no network.
-
-    At 16 x 16 pixels. 0 is still or steady; independent random frames are at -3.
-    """
+    """Minus mean squared second differences in time over first ones, at 16 x 16: 0 is steady, noise is -3."""
 
     def reward(frames, prompts):
-        need(frames.shape[1] >= 3, "smooth needs at least 3 frames: raise --decode_frames or --num_frames")
-        first = coarse(frames).diff(dim=1)
-        second = first.diff(dim=1)
+        need(frames.shape[1] >= 3, "smooth needs 3 frames: raise --decode_frames or --num_frames")
+        first, second = changes(frames), changes(frames).diff(dim=1)
         # the small number is a change of 1/100 of the range: less than that is still
         return -second.square().mean((1, 2, 3, 4)) / (first.square().mean((1, 2, 3, 4)) + 1e-4)
 
@@ -600,64 +502,173 @@ def make_dynamic(device, dtype, weights=None):
     """How much moves: mean absolute difference of neighbouring frames at 16 x 16, in percent. No network."""
 
     def reward(frames, prompts):
-        need(frames.shape[1] >= 2, "dynamic needs at least 2 frames: raise --decode_frames or --num_frames")
-        return 100 * coarse(frames).diff(dim=1).abs().mean((1, 2, 3, 4))
+        need(frames.shape[1] >= 2, "dynamic needs 2 frames: raise --decode_frames or --num_frames")
+        return 100 * changes(frames).abs().mean((1, 2, 3, 4))
 
     reward.frames = "all"
     return reward
 
 
+def camera_rates(frames):
+    """How the camera moves from each frame to the next: (B, N - 1, 4), and how much shows it, (B, N - 1).
+
+    Pan right, pan up, zoom in, roll right in percent: of the frame's width, its height, its size, a radian.
+    The similarity motion between frames by Gauss-Newton on brightness constancy (Lucas & Kanade 1981; Bergen
+    et al. 1992), coarse then fine, differentiated through the last step. Weights keep moving objects out, a
+    ridge pulls to 0 where texture lacks. The second is the share of the frame that carries the estimate.
+    """
+
+    def step(p, a, b):
+        """p: (M, 4) right, down, larger, clockwise, in half frames; a, b: (M, h, w) grey -> p, seen."""
+        h, w = a.shape[1:]
+        y, x = torch.meshgrid(*((torch.arange(n).to(a) + 0.5) / n * 2 - 1 for n in (h, w)), indexing="ij")
+        one, zero, here = torch.ones_like(x), torch.zeros_like(x), torch.stack([x, y], -1)
+        right, down = torch.stack([one, zero, x, -y * h / w]), torch.stack([zero, one, y, x * w / h])
+        flow = torch.stack([torch.einsum("mk,khw->mhw", p, move) for move in (right, down)], -1)
+        # each frame goes half the way, so both are blurred alike
+        grids = torch.cat([here - flow / 2, here + flow / 2])
+        a, b = F.grid_sample(torch.cat([a, b])[:, None], grids, "bilinear", "border", False)[:, 0].chunk(2)
+        residual, (slope_y, slope_x) = a - b, torch.gradient((a + b) / 2, dim=(1, 2))
+        slope = slope_x[:, None] * right * w / 2 + slope_y[:, None] * down * h / 2  # (M, 4, h, w)
+        with torch.no_grad():
+            inside = torch.stack((grids.abs() <= 1).all(-1).chunk(2)).all(0)
+            median = residual.abs().masked_fill(~inside, torch.nan).flatten(1).nanmedian(1).values
+            sure = inside / (1 + (residual / (2 * median + 0.001)[:, None, None]) ** 2) ** 2
+            told = (sure * slope[:, :2].square().sum(1)).flatten(1)
+            seen, sure = told.mean(1) ** 2 / (told.square().mean(1) + 1e-20), sure / (h * w)
+        normal = torch.einsum("mkhw,mlhw,mhw->mkl", slope, slope, sure) + 1e-5 * torch.eye(4).to(a)
+        pull = torch.einsum("mkhw,mhw->mk", slope, sure * residual) - 1e-5 * p
+        return p + torch.linalg.solve(normal, pull), seen
+
+    shrink = max(1, min(frames.shape[-2:]) / 64)
+    grey = F.interpolate(exact(frames).mean(2), scale_factor=1 / shrink, mode="bilinear", antialias=True)
+    for _ in range(4):
+        grey = F.avg_pool2d(grey, 3, stride=1, padding=1, count_include_pad=False)
+    pairs = grey[:, :-1].flatten(0, 1), grey[:, 1:].flatten(0, 1)
+    p = grey.new_zeros(len(pairs[0]), 4)
+    with torch.no_grad():
+        for level in [[F.avg_pool2d(side, 4) for side in pairs]] * 8 + [pairs] * 8:
+            p, _ = step(p, *level)
+    p, seen = step(p, *pairs)
+    rates = p * torch.tensor([-50.0, 50.0, 100.0, -100.0]).to(p)
+    return rates.unflatten(0, (len(frames), -1)), seen.unflatten(0, (len(frames), -1))
+
+
+def make_camera(device, dtype, weights=None, *, arg):
+    """How well the camera does as told, by `camera_rates`. arg: smooth, still, zoom in, pan left, and so on.
+
+    smooth: minus the rates' mean squared change over their mean square, 0 at best; still: minus their mean
+    size; a move: its mean rate, less half of the others' and of its own change. Reports the rates and `seen`.
+    """
+    moves = ["pan right", "pan up", "zoom in", "roll right", "pan left", "pan down", "zoom out", "roll left"]
+    kind, warned = pick_label(dict(enumerate([*moves, "smooth", "still"])), arg, "camera move"), []
+
+    def reward(frames, prompts):
+        need(frames.shape[1] >= 3, "camera needs 3 frames: raise --decode_frames or --num_frames")
+        rates, seen = camera_rates(frames)
+        reward.report = dict(zip(moves, rates.detach().mean(1).T, strict=False)) | {"seen": seen.mean(1)}
+        if (share := seen.mean().item()) < 0.1 and not warned:
+            warned.append(tqdm.write(f"camera: only {share:.0%} of the frame has texture to see it by"))
+        jerk, size = rates.diff(dim=1), rates.abs().mean(1)
+        if kind == 8:  # smooth
+            return -jerk.square().mean((1, 2)) / (rates.square().mean((1, 2)) + 0.01)
+        if kind == 9:  # still
+            return -size.mean(1)
+        own, sign = kind % 4, 1 if kind < 4 else -1
+        others = size.sum(1) - size[:, own] + jerk[..., own].abs().mean(1)
+        return sign * rates[..., own].mean(1) - others / 2
+
+    reward.frames = "all"
+    return reward
+
+
+def make_ask(device, dtype, weights=None, arg='Does the video show "{prompt}"? Answer yes or no.'):
+    """Log odds of yes against no, of a vision-language model that is asked about 8 frames. arg: the question.
+
+    VQAScore (Lin et al. 2024, arXiv 2404.01291) of a frozen critic, differentiated as in Diffusion-DRF (arXiv
+    2601.04153). `{prompt}` in the question is the video's. Reports `p(yes)`, of the whole vocabulary.
+    weights: a folder or hub id, also of --vlm, that AutoModelForImageTextToText loads.
+    """
+    source = weights or "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
+    processor = load(transformers.AutoProcessor, source, "ask")
+    network = load(transformers.AutoModelForImageTextToText, source, "ask", dtype=dtype, device=device)
+    resize = processor.video_processor.resize
+    # as on the 8 bits a channel that processors expect: what overshoots when it is resized is cut
+    processor.video_processor.resize = lambda *args, **kwargs: resize(*args, **kwargs).clamp(0, 255)
+
+    def tokens(word):
+        ways = [space + way for space in ("", " ") for way in (word, word.title(), word.upper())]
+        numbers = [processor.tokenizer(way, add_special_tokens=False).input_ids for way in ways]
+        return sorted({number for number, *more in numbers if not more})
+
+    def inputs(clip, prompt):
+        """clip: (8, 3, H, W) -> what the network takes: the processor's own, of float pixels."""
+        content = [{"type": "video"}, {"type": "text", "text": arg.replace("{prompt}", prompt)}]
+        said = [{"role": "user", "content": content}]
+        chat = processor.apply_chat_template(said, add_generation_prompt=True)
+        clip = 255 * exact(clip) + 1e-3  # SmolVLM drops a frame that is exactly 0 after its processor
+        return processor(text=[chat], videos=[clip], do_sample_frames=False, return_tensors="pt")
+
+    yes, no = tokens("yes"), tokens("no")
+    need(yes and no, f"ask: the tokenizer of {source} has no token for yes or no: give another --vlm")
+    given = inputs(torch.rand(8, 3, 64, 64, requires_grad=True), "").values()
+    kept = any(isinstance(part, torch.Tensor) and part.requires_grad for part in given)
+    need(kept, f"ask: the processor of {source} loses the gradient: give another --vlm, as SmolVLM2")
+
+    def reward(frames, prompts):
+        given = [inputs(*pair).to(device) for pair in zip(frames, prompts, strict=True)]
+        logits = [network(**each, use_cache=False, logits_to_keep=1).logits[0, -1] for each in given]
+        logits = exact(torch.stack(logits))  # (B, vocabulary)
+        reward.report = {"p(yes)": logits.detach().softmax(-1)[:, yes].sum(-1)}
+        return logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
+
+    reward.frames, reward.networks = 8, [network]
+    return reward
+
+
 # ---- 4. Names and weighted sums ----------------------------------------------------------------------------
-# SWAP: your reward. Name it here, and `--reward name`, `--reward "name:arg"` and sums with it work.
-REWARDS = {
-    "aesthetic": make_aesthetic,
-    "clip": make_clip,
-    "hps": make_hps,
-    "pickscore": make_pickscore,
-    "remove": make_remove,
-    "action": make_action,
-    "vjepa": make_vjepa,
-    "smooth": make_smooth,
-    "dynamic": make_dynamic,
-    "colorful": make_colorful,
-    "compressible": make_compressible,
-}
+# SWAP: your reward. A `make_mine` above is `--reward mine`, or `--reward mine:arg`, alone and in sums.
+REWARDS = {name[5:]: make for name, make in [*globals().items()] if name.startswith("make_")}
 
 
 def parse(spec: str) -> list[tuple[float, str, str | None]]:
     """Split "hps + 0.5*remove:book" into [(1.0, "hps", None), (0.5, "remove", "book")].
 
-    Raises BadInput, naming the nearest reward, when a name is unknown or a term can't be read.
+    What follows a colon stands in quotes, or goes on to the next " + " or " - ". Raises BadInput.
     """
-    terms, shape = [], r"\s*(?:(-?\d+(?:\.\d*)?|-?\.\d+)\s*\*)?\s*([A-Za-z_]\w*)\s*(?::\s*(.*\S))?\s*"
-    for term in spec.split("+"):
-        found, said = re.fullmatch(shape, term), term.strip()
-        need(found, f'can\'t read {said!r} in --reward {spec!r}: write "aesthetic + 0.5*colorful"')
-        weight, name, arg = found.groups()
-        if name not in REWARDS:
-            near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0)[0]
-            known = ", ".join(REWARDS)
-            raise BadInput(f"unknown reward {name!r}: did you mean {near!r}? There are: {known}")
-        twice = (name, arg) in [earlier[1:] for earlier in terms]
-        need(not twice, f"{said!r} stands twice in --reward {spec!r}: give it one weight")
-        need(abs(float(weight or 1)) <= 1e9, f"{said[:60]!r} in --reward: give a weight from -1e9 to 1e9")
+    number = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+    arg = r"""\s*:\s*("[^"]*"|'[^']*'|[^\s"'+][^+]*?)(?=\s*(?:\+|$)|\s+-[\s\d.])"""
+    term = rf"\s*([+-]?)\s*(-?)\s*(?:({number})\s*\*)?\s*([A-Za-z_]\w*)(?:{arg})?\s*(?=[+-]|$)"
+    terms, rest = [], spec
+    while rest or not terms:
+        found = re.match(term, rest)
+        good = found and (bool(found[1]) == bool(terms) or found[1] == "-")
+        need(good, f"can't read {rest.strip()!r} in --reward {spec!r}: write \"hps + 0.5*ask:'is it sad?'\"")
+        sign, minus, weight, name, arg = found.groups()
+        rest, name, arg = rest[found.end() :], name.lower(), arg and arg.strip("\"' ")
+        weight = float(weight or 1) * (-1) ** [sign, minus].count("-")
+        near = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name, REWARDS, n=1))
+        need(name in REWARDS, f"unknown reward {name!r}: {near}There are: {', '.join(REWARDS)}")
+        need((name, arg) not in [one[1:] for one in terms], f"{name} stands twice in --reward: weigh it once")
+        need(abs(weight) <= 1e9, f"the weight of {name} in --reward: give one from -1e9 to 1e9")
         takes = inspect.signature(REWARDS[name]).parameters.get("arg")
         need(takes or not arg, f"{name} takes nothing after the colon: --reward {name}")
-        lacks = takes and takes.default is inspect.Parameter.empty and not arg
-        need(not lacks, f"{name} must be told of what, after a colon: --reward {name}:...")
-        terms.append((float(weight or 1), name, arg))
+        told = arg or not takes or takes.default is not takes.empty
+        need(told, f"{name} must be told of what, after a colon: --reward {name}:...")
+        terms.append((weight, name, arg))
     return terms
 
 
-def make_terms(spec: str, device, dtype, weights=None, prompts: list[str] = ()) -> dict:
+def make_terms(spec: str, device, dtype, weights=None, prompts=(), vlm=None) -> dict:
     """Load the rewards of a weighted sum: {"name" or "name:arg": (weight, reward)}.
 
-    weights: a folder or several: a reward's are in the first with a sub-folder of its name, else published.
-    Raises BadInput when one can't be loaded, or can't work with the prompts.
+    weights: a folder or several: a reward's are in the first with a sub-folder of its name, else published;
+    vlm: those of `ask`. Raises BadInput when one can't be loaded, or can't work with the prompts.
     """
     terms, folders = {}, [weights] if isinstance(weights, str) else weights or []
     for weight, name, arg in parse(spec):
         own = next((str(Path(f) / name) for f in folders if f and (Path(f) / name).is_dir()), None)
+        own = vlm if vlm and name == "ask" else own
         reward = REWARDS[name](device, dtype, weights=own, **({"arg": arg} if arg else {}))
         if hasattr(reward, "check"):
             reward.check(prompts)
@@ -665,36 +676,25 @@ def make_terms(spec: str, device, dtype, weights=None, prompts: list[str] = ()) 
     return terms
 
 
-def views(reward, video, chunk: int):
-    """What a reward is given of video (B, N, 3, H, W): (frames, share of the mean) pairs.
-
-    An image reward is a mean over frames, so it gets `chunk` at once; a clip reward gets its clip whole.
-    """
-    wanted = getattr(reward, "frames", 1)
-    if wanted == 1:
-        return [(view, view.shape[1] / video.shape[1]) for view in video.split(chunk, dim=1)]
-    if wanted == "all":
-        return [(video, 1.0)]
-    return [(video[:, evenly_spaced(wanted, video.shape[1])], 1.0)]
-
-
 def weighted_rewards(terms: dict, video, prompts: list[str], chunk=1, scale=None) -> dict:
     """Rewards of video (B, N, 3, H, W): {"reward": (B,) weighted sum, term: (B,), "term figure": (B,)}.
 
-    terms: of `make_terms`. With a scale, `scale` times the sum over videos is differentiated, piece by piece.
-    Raises BadInput when a reward has the wrong shape, or then no gradient.
+    terms: of `make_terms`; chunk: frames that an image reward gets at once. With a scale, `scale` times the
+    sum over videos is differentiated. Raises BadInput for a wrong shape, or then no gradient.
     """
     found = {"reward": torch.zeros(len(prompts), device=video.device)}
     for name, (weight, reward) in terms.items():
-        for view, share in views(reward, video, chunk):
+        wanted = getattr(reward, "frames", 1)
+        clip = video if wanted in (1, "all") else video[:, evenly_spaced(wanted, video.shape[1])]
+        for view in clip.split(chunk if wanted == 1 else clip.shape[1], dim=1):
+            share = view.shape[1] / clip.shape[1]
             value = reward(view, prompts)
             good = isinstance(value, torch.Tensor) and value.shape == (len(prompts),)
             good = good and (value.requires_grad or scale is None)
             need(good, f"reward {name!r} must return ({len(prompts)},), one per video, with a gradient")
             if scale is not None:
                 (scale * (weight * share * value).sum()).backward()
-            value = value.detach()
             figures = {f"{name} {key}": v for key, v in getattr(reward, "report", {}).items()}
             for key, part in {"reward": weight * value, name: value, **figures}.items():
-                found[key] = found.get(key, 0) + share * part
+                found[key] = found.get(key, 0) + share * part.detach()
     return found

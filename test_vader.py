@@ -647,7 +647,7 @@ def test_what_a_run_writes(settings):
     assert {"reward", "colorful", "grad_norm", "prompts", "skipped", "seconds", "memory_gb"} < rows[1].keys()
     assert rows[-1]["eval"]["prompts"] == rows[0]["eval"]["prompts"] and len(rows[0]["eval"]["reward"]) == 2
     assert rows[-1]["eval"]["reward"] != rows[0]["eval"]["reward"]
-    assert same(state_of(out)[1], lora_of(out)) and not list(out.glob("**/tmp-*"))
+    assert same(state_of(out)[1], lora_of(out)) and not list(out.glob("**/.tmp-vader-*"))
 
 
 # ---- 8. Training -------------------------------------------------------------------------------------------
@@ -746,14 +746,23 @@ def make_one(spec, dtype=torch.float32, weights=TOY):
     return reward
 
 
+def seen_by(reward, video):
+    """What a reward is given of a video (B, N, 3, H, W)."""
+    seen, was = [], reward.frames
+    spy = lambda frames, prompts: seen.append(frames) or frames.mean((1, 2, 3, 4))  # noqa: E731
+    spy.frames = was
+    rewards.weighted_rewards({"it": (1.0, spy)}, video, [""] * len(video), chunk=99)
+    return seen[0]
+
+
 @pytest.fixture
 def networks(monkeypatch):
-    """The networks of the rewards made in this test, and their checkpointed blocks, as they are made."""
+    """The networks of the rewards made in this test, as they are made."""
     made, freeze = [], rewards.frozen
 
-    def frozen(network, device, dtype, blocks=()):
-        made.append((freeze(network, device, dtype, blocks), blocks))
-        return made[-1][0]
+    def frozen(network, device, dtype):
+        made.append(freeze(network, device, dtype))
+        return made[-1]
 
     monkeypatch.setattr(rewards, "frozen", frozen)
     return made
@@ -772,7 +781,9 @@ def test_sums_are_read():
 WRONG = {
     "remove:stars": "'stars'.*star",
     "action:risin": "rising",
-    "hps:3": "hps:2.1",
+    "hps:3": "takes nothing after the colon",
+    "camera:left": "'left'.*pan left",
+    "camera": "must be told of what",
     "remove": "must be told of what",
     "esthetics": "unknown reward 'esthetics'.*'aesthetic'",
     "colorful:x": "takes nothing after the colon",
@@ -800,7 +811,7 @@ def test_rewards_load_from_a_folder(tmp_path):
 
 
 def test_aesthetic_head_has_the_published_keys():
-    shapes = {name: tuple(value.shape) for name, value in rewards.AestheticHead(768).state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in rewards.aesthetic_head(768).state_dict().items()}
     published = {"0": (1024, 768), "2": (128, 1024), "4": (64, 128), "6": (16, 64), "7": (1, 16)}
     weights = {f"layers.{n}.weight": shape for n, shape in published.items()}
     assert shapes == weights | {f"layers.{n}.bias": shape[:1] for n, shape in published.items()}
@@ -846,7 +857,7 @@ def test_gradients_are_right_and_stay_in_their_video(spec):
         if spec in SPECS:
             raise
         pytest.skip(f"can't be made with what is in tiny/rewards: {problem}")
-    ((frames, _),) = rewards.views(reward, drawn(3)[0].double().clamp(0.02, 0.98), 8)
+    frames = seen_by(reward, drawn(3)[0].double().clamp(0.02, 0.98))
     frames = frames.clone().requires_grad_()
     value = reward(frames, MOVING)
     assert value.shape == (3,)
@@ -855,30 +866,33 @@ def test_gradients_are_right_and_stay_in_their_video(spec):
     assert (slope[1].flatten(1).norm(dim=1) > 0).all()  # for every frame
     for seed in range(3):
         direction = torch.randn(frames[1].shape, generator=torch.Generator().manual_seed(seed)).double()
-        # so small a step that hardly any |x| of an L1 loss changes its sign
-        both = torch.stack([frames[1] + step * direction for step in (1e-7, -1e-7)]).detach()
+        # so small a step that hardly any |x| of an L1 loss changes its sign; ask's processor has 32 bits
+        step, rel = (1e-3, 2e-2) if spec == "ask" else (1e-7, 1e-3)
+        both = torch.stack([frames[1] + s * direction for s in (step, -step)]).detach()
         up, down = reward(both, MOVING[1:2] * 2).tolist()
         expected = (slope[1] * direction).sum().item()
-        assert (up - down) / 2e-7 == pytest.approx(expected, rel=1e-3, abs=1e-7)
+        assert (up - down) / (2 * step) == pytest.approx(expected, rel=rel, abs=1e-7)
 
 
 @pytest.mark.parametrize("spec", LEARNED)
-def test_networks_are_frozen_and_checkpointing_and_half_precision_change_little(spec, networks, caplog):
+def test_networks_are_frozen_and_checkpointing_and_half_precision_change_little(
+    spec, networks, caplog, monkeypatch
+):
     reward, half, video = make_one(spec), make_one(spec, torch.bfloat16), drawn(2)[0]
     assert not caplog.records  # open_clip warns of a random model when others load the weights
     frames = [video.clone().requires_grad_() for _ in range(3)]
     value = reward(frames[0], MOVING[:2])
     value.sum().backward()
-    assert networks and not any(p.requires_grad for net, _ in networks for p in net.parameters())
-    assert not any(module.training for net, _ in networks for module in net.modules())
+    assert networks and not any(p.requires_grad for net in networks for p in net.parameters())
+    assert not any(module.training for net in networks for module in net.modules())
     rounded = half(frames[1], MOVING[:2])
     rounded.sum().backward()
     assert rounded.dtype == frames[1].grad.dtype == torch.float32 and frames[1].grad.isfinite().all()
     assert rounded.tolist() == pytest.approx(value.tolist(), rel=0.03, abs=0.03)
-    wrapped = 0
-    for network, blocks in networks[: len(networks) // 2]:
-        rewards.checkpoint_blocks(network, blocks)
-        wrapped += sum(isinstance(module.forward, functools.partial) for module in network.modules())
+    for network in networks[: len(networks) // 2]:  # as `frozen` does on a GPU
+        monkeypatch.setattr(network, "to", lambda *a, network=network: network)
+        rewards.frozen(network, "cuda", torch.float32)
+    wrapped = sum(isinstance(m.forward, functools.partial) for net in networks for m in net.modules())
     assert wrapped >= 2
     reward(frames[2], MOVING[:2]).sum().backward()
     assert torch.allclose(frames[0].grad, frames[2].grad, atol=1e-7)
@@ -948,9 +962,9 @@ def test_full_size_checkpoints_load_and_have_a_gradient(kind, tmp_path, networks
         save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     if kind in ("aesthetic", "clip"):
         transformers.CLIPTokenizer.from_pretrained(TINY / "tokenizer").save_pretrained(folder)
-        torch.save(rewards.AestheticHead(768).state_dict(), folder / "aesthetic-model.pth")
+        torch.save(rewards.aesthetic_head(768).state_dict(), folder / "aesthetic-model.pth")
     reward = make_one(kind, weights=str(tmp_path))
-    weights = networks[0][0].state_dict()
+    weights = networks[0].state_dict()
     assert all(value.std() < 0.03 for key, value in weights.items() if "mlp" in key or "dense" in key)
     n = {"vjepa": 2, "action:archery": 16}.get(kind, 1)
     frames = torch.rand(1, n, 3, 96, 128, requires_grad=True)
@@ -972,7 +986,7 @@ def test_action_takes_its_label_from_each_prompt_or_fails(capsys):
             reward.check([prompt])
     with pytest.raises(BadInput, match="names no action"):
         rewards.make_terms("action", "cpu", torch.float32, TOY, ["a moon"])
-    ((repeated, _),) = rewards.views(reward, video[:, [0, 7]], 1)  # fewer frames than it wants
+    repeated = seen_by(reward, video[:, [0, 7]])  # fewer frames than it wants
     assert repeated.shape[1] == reward.frames == 8 and reward(repeated, MOVING).shape == (3,)
 
 
@@ -984,38 +998,42 @@ def test_clip_takes_the_model_it_is_told(monkeypatch):
     assert asked[0][0] == "some/other-clip"
 
 
-@pytest.mark.parametrize("name, least", [("smooth", 3), ("dynamic", 2), ("vjepa", 2)])
+@pytest.mark.parametrize("name, least", [("smooth", 3), ("dynamic", 2), ("vjepa", 2), ("camera:smooth", 3)])
 def test_too_short_a_clip_is_one_line(name, least):
     reward, (video, _, _) = make_one(name), drawn(1)
     assert torch.isfinite(reward(video[:, :least], ["a"])).all()
-    with pytest.raises(BadInput, match=f"{name} needs at least {least} frames"):
+    with pytest.raises(BadInput, match=f"{name.split(':')[0]} needs {least} frames"):
         reward(video[:, : least - 1], ["a"])
 
 
-def test_vjepa_context_sees_no_masked_pixel(networks):
+def test_vjepa_context_sees_no_masked_pixel(networks, monkeypatch):
     make_one("vjepa", torch.float64)
-    model = networks[0][0]
+    model, jepa, given = networks[0], vader.borrow("vjepa", "vjepa"), []
     pixels = torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
+    model.predictor.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     generator = torch.Generator().manual_seed(1)
+    true = model.encoder(pixels).last_hidden_state
     for blocks, area in ((8, 0.15), (2, 0.7)):
-        context, target = rewards.jepa_masks(4, 8, 8, blocks, area, generator)
+        context, target = jepa["jepa_masks"](4, 8, 8, blocks, area, generator)
         assert sorted(context.tolist() + target.tolist()) == list(range(256)) and len(context) and len(target)
-        seen = rewards.jepa_context(model, pixels, context)
+        jepa["jepa_loss"](model, pixels, true, context, target)
         for token in target.tolist():
             t, rest = divmod(token, 64)
             y, x = rest // 8 * 8, rest % 8 * 8
             pixels[:, 2 * t : 2 * t + 2, :, y : y + 8, x : x + 8] += 5
-        assert torch.equal(seen, rewards.jepa_context(model, pixels, context))
+        jepa["jepa_loss"](model, pixels, true, context, target)
+        assert torch.equal(given[-1], given[-2])
     # with nothing masked it is the library's encoder
     everything, whole = torch.arange(256), model.encoder(pixels).last_hidden_state
-    assert torch.allclose(rewards.jepa_context(model, pixels, everything), whole)
+    jepa["jepa_loss"](model, pixels, whole, everything, everything[:1])
+    assert torch.allclose(given[-1], whole)
 
 
 def test_jepa_masks_cover_what_they_should():
-    generator = torch.Generator().manual_seed(0)
+    generator, masks_of = torch.Generator().manual_seed(0), vader.borrow("vjepa", "vjepa")["jepa_masks"]
     cover = {}
     for blocks, area in ((8, 0.15), (2, 0.7)):
-        masks = [rewards.jepa_masks(2, 16, 16, blocks, area, generator)[1] for _ in range(50)]
+        masks = [masks_of(2, 16, 16, blocks, area, generator)[1] for _ in range(50)]
         assert all((m < 256).sum() * 2 == len(m) for m in masks)  # the same tokens through all of time
         cover[blocks] = np.mean([len(m) / 512 for m in masks])
     assert 0.5 < cover[8] < 0.9 and 0.7 < cover[2] < 0.98

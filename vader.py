@@ -117,6 +117,7 @@ class Config:
     checkpointing: bool | None = arg(None, "recompute activations: less memory, more time; default on a GPU")
     offload: bool = arg(False, "what is idle waits in host memory: less memory, more time")
     reward_weights: str | None = arg(None, "folder with sub-folders of rewards, to load these from")
+    vlm: str | None = arg(None, "folder or hub id of the vision-language model of the reward ask")
     # the optimiser and the LoRA
     steps: int | None = arg(None, "updates")
     lr: float | None = arg(None, "learning rate of AdamW, constant")
@@ -138,7 +139,7 @@ class Config:
 # Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
 RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
 RANGES |= dict(eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
-RANGES |= dict(eval_videos=(0, 1e9), lora_rank=(1, 1024), height=(1, 4096), width=(1, 4096))
+RANGES |= dict(eval_videos=(0, 1e5), lora_rank=(1, 1024), height=(1, 4096), width=(1, 4096))
 
 # Defaults that models share, see `presets` of their classes: those with published weights, those in tiny/.
 PUBLISHED = dict(steps=200, eval_every=50, lr=2e-4, batch_size=1, grad_accum=4, lora_rank=16)
@@ -169,6 +170,8 @@ def check_fields(cfg: Config):
             need(value in options, f"--{name} {value}: give one of {', '.join(options)}")
             continue
         need(value != "" or name == "negative_prompt", f"--{name} is empty: give a value, or leave it out")
+        kinds = (*options, int) if float in options else options
+        need(isinstance(value, kinds), f"{name} is {value!r}: give a {options[0].__name__}")
         if type(value) in (int, float):
             low, high = RANGES.get(name, (0 if float in options else 1, 1e9))
             need(low <= value <= high, f"--{name} {value:g}: must be from {low:g} to {high:g}")
@@ -217,7 +220,6 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     model = ("modelscope" if cuda else "tiny") if cfg.model == "auto" else cfg.model
     family, source, preset = find_model(model)
     half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    # "remove:book + 0.5*hps" becomes the folder name remove-book-0.5-hps
     name = getattr(reward, "__name__", "custom") if reward else cfg.reward
     label = re.sub(r"[^\w.]+", "-", f"{name}-{Path(model).name if '/' in model else model}").strip("-")
     found = preset | dict(grad_steps=family.grad_steps, checkpointing=device != "cpu")
@@ -241,10 +243,10 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     need(cfg.dtype != "fp16" or cuda, f"--dtype fp16 is for GPUs: on {device}, leave the flag out")
     unguided = cfg.guidance_scale == 1 or family.images == "must"
     need(not (unguided and cfg.negative_prompt), "--negative_prompt: there is no guidance by text here")
-    names = [f".{name}" for name, part in skeleton.named_modules() if isinstance(part, torch.nn.Linear)]
+    kinds = {f".{name}": isinstance(part, torch.nn.Linear) for name, part in skeleton.named_modules()}
     for target in [] if cfg.lora else cfg.lora_targets.split(","):
-        here = any(name.endswith(f".{target.strip()}") for name in names)
-        need(here, f"--lora_targets {target}: no linear layer's name ends so, there is {names[-1][1:]}")
+        fit = [linear for name, linear in kinds.items() if name.endswith(f".{target.strip()}")]
+        need(fit and all(fit), f"--lora_targets {target!r}: give the ends of linear layers' names, as to_q")
     there = [name for name in rewards.REWARDS if Path(cfg.reward_weights or "", name).is_dir()]
     need(there or not cfg.reward_weights, f"--reward_weights {cfg.reward_weights}: no reward's folder there")
     ready = cfg.tracker == "none" or importlib.util.find_spec(cfg.tracker)
@@ -253,11 +255,10 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
         config = read_config(source, "scheduler/scheduler_config.json")
         need("_class_name" in config, f"{source}: scheduler_config.json names no scheduler")
         family(source, device, DTYPES[cfg.dtype]).schedule(cfg)  # raises for a sampler that is no line
-    if reward is None:
-        rewards.parse(cfg.reward)
-    else:
-        with reading("your reward must be a function (frames, prompts)"):
-            inspect.signature(reward).bind("frames", "prompts")
+    need(reward or any(w for w, *_ in rewards.parse(cfg.reward)), f"--reward {cfg.reward}: all weigh 0")
+    need(not cfg.vlm or re.search(r"(?i)\bask\b", cfg.reward), "--vlm is for the reward ask: leave it out")
+    with reading("your reward must be a function (frames, prompts)"):
+        _ = reward and inspect.signature(reward).bind("frames", "prompts")
     return cfg, source, family
 
 
@@ -276,7 +277,7 @@ def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
     Either may be left out; image paths are relative to the file. family: of the model. Raises BadInput.
     """
     need(Path(path).is_file(), f"no prompt file {path}: give --prompts a text file, one prompt a line")
-    kind, prompts, family = Path(path).suffix.lower(), [], family or TextToVideoUNet
+    kind, prompts, model = Path(path).suffix.lower(), [], family or TextToVideoUNet
     need(kind in ("", ".txt", ".jsonl"), f"{path}: prompts are read from .txt and .jsonl files")
     text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     need(not {"\0", "\ufffd"} & set(text), f"{path} is not a text file: give one prompt a line, in UTF-8")
@@ -292,10 +293,11 @@ def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
                 need(not row and (prompt.encode() or image) and isinstance(image, str | None), wanted)
             if image:
                 image = str(Path(path).parent / image)
-                need(Path(image).is_file(), f"{path}, line {number}: can't read the image {image}: no file")
-                family.open_image(image)
+                model.open_image(image)
         prompts.append(Prompt(prompt, image))
-    bare = family.images == "must" and not all(prompt.image for prompt in prompts)
+    if family and family.images == "no" and any(prompt.image for prompt in prompts):
+        print(f"{path}: this model makes no video from an image, the images are left out")
+    bare = model.images == "must" and not all(prompt.image for prompt in prompts)
     need(not bare, f"{path}: this model starts from an image: use .jsonl, with one in each line")
     need(prompts, f"{path} holds no prompts: write one a line")
     return prompts
@@ -494,7 +496,7 @@ class TextToVideoUNet:
 def add_lora(model, cfg: Config):
     """Put float32 low-rank adapters (Hu et al. 2021) on the frozen denoiser: new ones, or those in --lora."""
     if cfg.lora:
-        model.denoiser = peft.PeftModel.from_pretrained(model.denoiser, cfg.lora, is_trainable=True)
+        model.denoiser = peft.PeftModel.from_pretrained(model.denoiser, cfg.lora, is_trainable=True).eval()
         return
     torch.manual_seed(cfg.seed)
     targets = [target.strip() for target in cfg.lora_targets.split(",")]
@@ -636,23 +638,20 @@ def ranks() -> tuple[int, int]:
 def write_whole(path: Path, content: str | bytes):
     """Write a file so that a kill leaves the old one or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name("tmp-" + path.name)
+    temporary = path.with_name(".tmp-vader-" + path.name)
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(temporary, path)
 
 
 def save_lora(model, folder: Path):
     """Write the LoRA for `PeftModel.from_pretrained`, and for stock `load_lora_weights` where it works."""
-    staging, config = folder.with_name("tmp-lora"), model.denoiser.peft_config["default"]
+    staging, config = folder.with_name(".tmp-vader-lora"), model.denoiser.peft_config["default"]
     base = Path(model.source).name if Path(model.source).exists() else model.source
     model.denoiser.get_base_model().register_to_config(_name_or_path=base)
     config.base_model_name_or_path = base
     model.denoiser.save_pretrained(staging, save_embedding_layers=False)
     if model.lora_pipeline:
-        weights = peft.get_peft_model_state_dict(model.denoiser, save_embedding_layers=False)
-        weights = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
-        given = {"lora_layers": weights, "lora_adapter_metadata": config.to_dict()}
-        model.lora_pipeline.save_lora_weights(staging, **{f"{model.folder}_{k}": v for k, v in given.items()})
+        borrow("lora", "the LoRA's other format")["save_stock"](model, staging)
     for file in staging.iterdir():  # whole, and as readable as others: safetensors' own are private
         write_whole(folder / file.name, file.read_bytes())
     shutil.rmtree(staging)
@@ -667,9 +666,10 @@ def read_metrics(out: Path) -> list[dict]:
     """The rows of metrics.jsonl; a last line that a kill cut short is left out. Raises BadInput."""
     path = out / "metrics.jsonl"
     with reading(f"{path} is damaged: give another --out"):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        whole = (json.loads(line) for line in lines if line.endswith("\n"))
-        return sorted(whole, key=lambda row: int(row["step"]))
+        *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+        rows = sorted(map(json.loads, lines), key=lambda row: row["step"] + 0)
+        np.array([row["eval"].get("reward", [row["eval"]["folder"] + ""]) for row in rows if "eval" in row])
+        return rows
 
 
 def append_metrics(out: Path, row: dict, track=None):
@@ -682,14 +682,13 @@ def append_metrics(out: Path, row: dict, track=None):
 
 def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | None]:
     """What must stay the same when a run goes on, and the checkpoint in --out or None. Raises BadInput."""
-    # what must stay: the settings but these, the prompts in use, the number of processes
     free = {"out", "resume", "steps", "eval_every", "tracker", "device", "prompts", "eval_prompts"}
     now = {name: value for name, value in vars(cfg).items() if name not in free}
     used = [(text, image and Path(image).is_file() and Path(image).read_bytes()) for text, image in prompts]
     now |= {"processes": ranks()[1], "prompts used": hashlib.sha256(repr(used).encode()).hexdigest()}
 
     out, file = Path(cfg.out), Path(cfg.out) / "checkpoint" / "state.pt"
-    found = {path.name for path in out.glob("[!.]*") if not path.name.startswith("tmp-")}
+    found = {path.name for path in out.glob("[!.]*")}
     run = cfg.mode == "train" and "config.json" in found
     updates = max([row["step"] for row in read_metrics(out)], default=0) if run else 0
     if not found or run and updates < 2 and not file.exists():  # or it ended before its first update did
@@ -699,7 +698,7 @@ def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | No
     then, anew = rewards.read_json(out / "config.json"), f"go on with --lora {out}/lora and another --out"
     for name, value in now.items():
         old = then.get(name)
-        place = name in ("model", "lora", "reward_weights") and old and value
+        place = name in ("model", "lora", "reward_weights", "vlm") and isinstance(old, str) and value
         same = old == value or place and Path(old).exists() and Path(old).resolve() == Path(value).resolve()
         said = {"prompts used": "with other prompts", "processes": f"with {old} processes"}.get(name)
         said = said or (f"without --{name}" if old is None else f"with --{name} {old}")
@@ -721,15 +720,15 @@ def open_run(cfg: Config, prompts: list[Prompt]):
             out.mkdir(parents=True, exist_ok=True)
             if ranks()[0] == 0:
                 stack.enter_context(FileLock(out / ".lock", timeout=0))
-                write_whole(out / "tmp-room", bytes(1 << 20))
-                for left in out.glob("tmp-*"):  # by a kill
+                write_whole(out / ".tmp-vader-room", bytes(1 << 20))
+                for left in out.glob(".tmp-vader-*"):  # by a kill
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield found
 
 
 def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], reward=None) -> Run:
     """Load the rewards (not in sample mode), encode the prompts, then load denoiser, LoRA and VAE."""
-    if ranks()[1] > 1:
+    if ranks()[1] > 1 and cfg.mode == "train":
         dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(days=365))
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -737,7 +736,7 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
     terms, texts = {cfg.reward: (1.0, reward)} if reward else {}, [prompt.text for prompt in prompts]
     dtype, toy = DTYPES[cfg.dtype], find_model(cfg.model)[2].get("rewards")
     if cfg.mode != "sample" and not reward:
-        terms = rewards.make_terms(cfg.reward, cfg.device, dtype, [cfg.reward_weights, toy], texts)
+        terms = rewards.make_terms(cfg.reward, cfg.device, dtype, [cfg.reward_weights, toy], texts, cfg.vlm)
     model = family(source, cfg.device, dtype)
     run = Run(cfg, model, model.schedule(cfg), terms, {})
     # a reward that can't score, or has no gradient, shows on noise, before anything large loads
@@ -746,8 +745,10 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
         frames = sum(map(model.frames_in, pick_latent_frames(run, generator_for(0))))
     noise = torch.rand(len(texts), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
     rewards.weighted_rewards(terms, noise, texts, cfg.decode_chunk, 1.0 if train else None)
+    need(not train or noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")
     bring(run, denoiser=False, scoring=False)  # room for the text encoder, maybe the largest part of all
-    run.conds = model.encode([*dict.fromkeys(prompts), Prompt(cfg.negative_prompt)], cfg)
+    with reading(f"{source}: its tokenizer, text encoder and pipeline do not fit together"):
+        run.conds = model.encode([*dict.fromkeys(prompts), Prompt(cfg.negative_prompt)], cfg)
     model.load()
     if cfg.lora or cfg.mode == "train":
         add_lora(model, cfg)
@@ -763,8 +764,7 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
 def bring(run: Run, denoiser=False, scoring=False):
     """On the device: the denoiser? what scores (the VAE, the rewards)? All else waits in host memory."""
     parts = [(run.model.denoiser, denoiser), (run.model.vae, scoring)]
-    for _, reward in run.terms.values():
-        parts += [(network, scoring) for network in getattr(reward, "networks", ())]
+    parts += [(net, scoring) for _, reward in run.terms.values() for net in getattr(reward, "networks", ())]
     for part, wanted in sorted(parts, key=lambda entry: entry[1]):  # first make room
         if part is not None:
             part.to(run.model.device if wanted else "cpu")
@@ -926,7 +926,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
                 append_metrics(out, {"step": step, "eval": found}, track)
                 change = summary(evaluated[min(evaluated)]["reward"], found["reward"])
                 print(f"update {step}: held-out reward {change}" + f"; base: {cfg.lora}" * bool(cfg.lora))
-            if rank == 0 and evaluated:
+            if rank == 0:
                 write_page(cfg, read_metrics(out))
             if step == cfg.steps:
                 break
@@ -944,9 +944,9 @@ def train(cfg: Config, reward=None) -> list[dict]:
                     if rank == 0:
                         append_metrics(out, row | {"skipped": skipped}, track)
                         save_lora(model, out / "lora")
-                        state = dict(step=step + 1, skipped=skipped, scaler=scaler.state_dict())
-                        state["lora"] = {name: p.detach() for name, p in lora_parameters(model).items()}
-                        state["optimizer"] = optimizer.state_dict()
+                        lora = {name: p.detach() for name, p in lora_parameters(model).items()}
+                        state = dict(step=step + 1, skipped=skipped, lora=lora)
+                        state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
                         torch.save(state, file := io.BytesIO())
                         write_whole(out / "checkpoint" / "state.pt", file.getvalue())
                     shown = ("reward", "grad_norm", "seconds", "memory_gb")
@@ -986,12 +986,13 @@ def main(argv: list[str] | None = None) -> int:
     except (BadInput, OSError) as error:  # files of a model that are not there, a full disk
         print(f"vader.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (MemoryError, torch.OutOfMemoryError):
+    except (MemoryError, RuntimeError) as error:  # a GPU's, and that of a CPU
+        if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
+            raise
         print("vader.py: stopped: out of memory: --offload, or a smaller --height, --width", file=sys.stderr)
-    except FloatingPointError as error:
-        print(f"vader.py: stopped: {error}", file=sys.stderr)
-    except KeyboardInterrupt:  # where another script has called this
-        print("\nvader.py: stopped; train(replace(cfg, resume=True)) goes on", file=sys.stderr)
+    except (FloatingPointError, KeyboardInterrupt) as error:  # this where another script has called it
+        said = str(error) or "train(replace(cfg, resume=True)) goes on"
+        print(f"vader.py: stopped: {said}", file=sys.stderr)
     return 1
 
 

@@ -47,9 +47,10 @@ SETTINGS = """\
 --model tiny-wan --num_frames 3|--model tiny-wan --num_frames 5 --eta .5|--lora run/lora --lora_targets to_q
 --lora run/lora --lora_rank 3|--lora run/lora --lora_alpha 3|--reward_weights README.md|--model tiny-i2v"""
 REWARDS = """\
-+|colorful +|+ colorful|0.5*|*colorful|1e3*colorful|nan*colorful|9999999999*colorful|1**colorful|0.5 colorful
-colorful - dynamic|colorful, dynamic|colorful*0.5|(colorful)|Colorful|colorfull|:|é|colorful + colorful|remove
-clip + 2*clip|colorful:3|smooth:x|remove:|remove:nosuch|hps:3|action|action:nosuch|clip:a b/c|clip:a/b"""
++|colorful +|+ colorful|0.5*|*colorful|1e3colorful|nan*colorful|9999999999*colorful|1**colorful|0.5 colorful
+colorful -|colorful, dynamic|colorful*0.5|(colorful)|1e10*colorful|colorfull|:|é|colorful + colorful|remove
+clip + 2*clip|colorful:3|smooth:x|remove:|remove:nosuch|hps:2|0*colorful|camera|camera:left|ask:"|hps ++ ask
+action|action:nosuch|clip:a b/c|clip:a/b"""
 MODELS = "a b/c|../x|a/b/c|name with spaces|a/b|/nosuch|a//b|a/|é/x|Tiny|README.md|tiny/images|tiny/t2v/unet|"
 MODELS += "http://x.y/a/b|a/b@main|.|WanPipeline|tiny/t2v/unet/diffusion_pytorch_model.safetensors"
 LINES = r"""{|[]|null|1|"text"|{}|text|{"prompt": 1}|{"prompt": null}|{"prompt": ["a"]}|{"promt": "a"}|NaN

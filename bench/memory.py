@@ -37,8 +37,8 @@ import vader  # noqa: E402
 
 CONFIGS, TABLE = HERE.parent / "configs", HERE / "memory.csv"
 MODELS = ("modelscope", "zeroscope", "animatediff", "svd", "cogvideox", "ltx", "wan")
-ROWS = [("hps", False), ("hps", True), ("aesthetic", False), ("vjepa", False)]
-MORE = [("clip", False), ("pickscore", False), ("remove:book", False), ("action:archery", False)]
+ROWS = [("hps", False), ("hps", True), ("aesthetic", False), ("vjepa", False), ("ask", False)]
+MORE = ["clip", "pickscore", "remove:book", "action:archery", "camera:smooth"]
 
 
 class LiveStorages(TorchDispatchMode):
@@ -102,6 +102,12 @@ def without_weights(memory: LiveStorages | None = None):
     Replaced: what reads weights, and `frozen`, which checkpoints on a GPU only. memory: counts, no content.
     """
     fetch, frozen, words = rewards.fetch, rewards.frozen, {"<pad>": 0, "</s>": 1, "?": 2}
+    side = {"longest_edge": 512}  # SmolVLM2's chat about videos, with the words of tiny/
+    chat = transformers.SmolVLMProcessor.from_pretrained(HERE.parent / "tiny" / "rewards" / "ask")
+    chat.video_processor, chat.image_seq_len = (
+        transformers.SmolVLMVideoProcessor(size=side, max_image_size=side),
+        64,
+    )
 
     def network(cls, folder, subfolder=None, dtype=None, torch_dtype=None, **_):
         before, peak = torch.get_default_dtype(), memory.peak if memory else 0
@@ -119,8 +125,20 @@ def without_weights(memory: LiveStorages | None = None):
         finally:
             torch.set_default_dtype(before)
 
-    def load(kind, source, flag, subfolder="", dtype=None, more=""):
-        return kind.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+    def load(kind, source, flag, subfolder="", dtype=None, device=None, more=""):
+        if kind is transformers.AutoProcessor:
+            return chat
+        if kind is transformers.AutoModelForImageTextToText:
+            kind = transformers.SmolVLMForConditionalGeneration
+        made = kind.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+        return made if device is None else as_on_a_gpu(made, device, dtype)
+
+    def image_features(self, pixel_values, pixel_attention_mask=None, **_):
+        """As the library's where no frame is padding, which it reads off their content."""
+        self.config.image_token_id = chat.image_token_id
+        found = self.vision_model(pixel_values=pixel_values.flatten(0, 1).to(self.dtype), return_dict=True)
+        found.pooler_output = [self.connector(found.last_hidden_state).flatten(0, 1)]
+        return found
 
     def tokenizer(cls, folder, subfolder="", **_):
         file = (Path(folder) / subfolder).parent / "text_encoder" / "config.json"
@@ -133,9 +151,10 @@ def without_weights(memory: LiveStorages | None = None):
     def found(source, name, flag):
         return fetch(source, name, flag) if name.endswith(".json") else Path(source) / name
 
-    def as_on_a_gpu(network, device, dtype, blocks=()):
+    def as_on_a_gpu(network, device, dtype):
         if memory:
-            rewards.checkpoint_blocks(network, blocks)
+            with mock.patch.object(torch.nn.Module, "to", lambda part, *_: part):
+                frozen(network, "cuda", dtype)
         return frozen(network, device, dtype)
 
     with contextlib.ExitStack() as stack:
@@ -146,9 +165,11 @@ def without_weights(memory: LiveStorages | None = None):
             (transformers.PreTrainedTokenizerBase, "from_pretrained", classmethod(tokenizer)),
             *([(torch.nn.Module, "to", exchange)] if memory else []),
             (rewards, "load", load),
-            (rewards, "load_state", lambda *_, **__: None),
+            (rewards, "load_state", lambda network, *_, **__: network),
             (rewards, "fetch", found),
             (rewards, "frozen", as_on_a_gpu),
+            (transformers.SmolVLMModel, "get_image_features", image_features),
+            (sys.modules[transformers.SmolVLMModel.__module__], "torch_compilable_check", lambda *_: None),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
         yield
@@ -247,7 +268,10 @@ def write_table(measured: bool):
     if TABLE.exists():
         with open(TABLE, newline="") as stored:
             rows = {(row["model"], row["reward"], row["offload"]): row for row in csv.DictReader(stored)}
-    for model, (reward, offload) in [*itertools.product(MODELS, ROWS), *itertools.product(MODELS[:1], MORE)]:
+    for model, (reward, offload) in [
+        *itertools.product(MODELS, ROWS),
+        *(("modelscope", (name, False)) for name in MORE),
+    ]:
         key = model, reward, "yes" if offload else "no"
         frames = 16 if reward == "vjepa" and model != "svd" else None
         cfg = vader.Config(model=model, reward=reward, offload=offload, decode_frames=frames)
@@ -272,7 +296,8 @@ def main(argv=None) -> int:
     parser.add_argument("--vram", type=float, help="gigabytes there are")
     parser.add_argument("--measure", action="store_true")
     args, flags = parser.parse_known_args(argv)
-    diffusers.utils.logging.set_verbosity_error()
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
     if args.measure:
         there = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 16e9 / there))

@@ -162,11 +162,11 @@ def test_a_folder_is_one_runs_and_what_a_kill_left_goes(copied):
     out = Path(copied.out)
     with FileLock(out / ".lock"), pytest.raises(BadInput, match="in use by another process"):
         vader.train(replace(copied, steps=3))
-    (out / "tmp-lora").mkdir()
-    (out / "tmp-lora" / "x").write_text("")
-    (out / "tmp-config.json").write_text("{")
+    (out / ".tmp-vader-lora").mkdir()
+    (out / ".tmp-vader-lora" / "x").write_text("")
+    (out / ".tmp-vader-config.json").write_text("{")
     vader.train(replace(copied, steps=3))
-    assert not list(out.glob("tmp-*"))
+    assert not list(out.glob(".tmp-vader-*"))
 
 
 def test_a_disk_that_is_full_is_one_line(settings, monkeypatch, capsys):
@@ -179,7 +179,7 @@ def test_a_disk_that_is_full_is_one_line(settings, monkeypatch, capsys):
         whole(path, content)
 
     monkeypatch.setattr(vader, "write_whole", write)
-    for name in ("tmp-room", "state.pt"):
+    for name in (".tmp-vader-room", "state.pt"):
         full[:] = [name]
         assert vader.main(command(replace(settings, steps=1, eval_videos=0, resume=True))) == 2
         said = capsys.readouterr().err.splitlines()
@@ -214,7 +214,7 @@ def test_a_bad_reward_is_found_before_the_model_loads(name, settings, monkeypatc
 def test_too_few_frames_are_found_before_the_model_loads(settings, monkeypatch):
     encode = vader.TextToVideoUNet.encode
     monkeypatch.setattr(vader.TextToVideoUNet, "encode", lambda *a: pytest.fail("an encoder was loaded"))
-    with pytest.raises(BadInput, match="smooth needs at least 3 frames"):
+    with pytest.raises(BadInput, match="smooth needs 3 frames"):
         vader.train(replace(settings, reward="smooth", decode_frames=2))
     monkeypatch.setattr(vader.TextToVideoUNet, "encode", encode)
     vader.train(replace(settings, reward="smooth", steps=1, eval_videos=1))  # into the same folder
@@ -400,7 +400,7 @@ def test_values_out_of_range_are_refused(settings):
     for change in itertools.chain(
         (dict(eta=value) for value in (math.nan, math.inf, 1e300)),
         (dict(steps=value) for value in (0, -1, 10**20)),
-        (dict(reward=f"{weight}*colorful") for weight in ("9" * 400, "1e5", "nan")),
+        (dict(reward=f"{weight}*colorful") for weight in ("9" * 400, "1e10", "nan", "0")),
         (dict(zip(["out"], [""], strict=True)), dict(lora=""), dict(lora_rank=100_000), dict(dtype="fp16")),
     ):
         with pytest.raises(BadInput) as said:

@@ -39,10 +39,10 @@ PROBLEMS = {
     "missing": (hub.RepositoryNotFoundError("x", response=answer(404)), "no such folder, nor on the hub"),
     "no token": (hub.LocalTokenNotFoundError("x"), "hf auth login"),
     "bad token": (hub.HfHubHTTPError("x", response=answer(401)), "hf auth login"),
-    "rate limit": (hub.HfHubHTTPError("x", response=answer(429)), "too many requests"),
-    "server": (hub.HfHubHTTPError("x", response=answer(503)), "answers 503"),
+    "rate limit": (hub.HfHubHTTPError("x", response=answer(429)), "error 429: wait"),
+    "server": (hub.HfHubHTTPError("x", response=answer(503)), "error 503"),
     "time-out": (http.ConnectTimeout("x"), "does not answer"),
-    "unreachable": (http.ConnectError("x"), "no way to the hub"),
+    "unreachable": (http.ConnectError("x"), "the hub can't be reached"),
     "offline": (hub.OfflineModeIsEnabled("x"), "HF_HUB_OFFLINE"),
     "no disk": (OSError(errno.ENOSPC, "No space left on device"), "make room"),
 }

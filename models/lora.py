@@ -1,4 +1,4 @@
-"""--lora: what a trained LoRA must be before a model loads."""
+"""--lora: what a trained LoRA must be before a model loads; and a LoRA in stock diffusers' format."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -34,3 +34,12 @@ def check_lora(folder: str, skeleton, given: dict) -> dict:
         same = {*str(given[name]).replace(" ", "").split(",")} == {*str(has[name]).split(",")}
         need(same, f"--{name} {given[name]}: the LoRA in --lora has {has[name]}, leave the flag out")
     return has
+
+
+def save_stock(model, folder: Path):
+    """Write the LoRA for `load_lora_weights` of the model's stock pipeline, beside PEFT's files."""
+    weights = peft.get_peft_model_state_dict(model.denoiser, save_embedding_layers=False)
+    weights = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
+    config = model.denoiser.peft_config["default"].to_dict()
+    given = {"lora_layers": weights, "lora_adapter_metadata": config}
+    model.lora_pipeline.save_lora_weights(folder, **{f"{model.folder}_{k}": v for k, v in given.items()})

@@ -457,7 +457,7 @@ def test_modelscope_and_the_published_aesthetic_files_end_to_end(settings, small
     clip.save_pretrained(hub_cache(tmp_path, "openai/clip-vit-large-patch14"))
     head = hub_cache(tmp_path, "trl-lib/ddpo-aesthetic-predictor")
     head.mkdir(parents=True)
-    torch.save(rewards.AestheticHead(768).state_dict(), head / "aesthetic-model.pth")
+    torch.save(rewards.aesthetic_head(768).state_dict(), head / "aesthetic-model.pth")
     cfg = replace(settings, model="modelscope", reward="aesthetic + 0.1*colorful", steps=1, eval_videos=1)
     said, _ = python("vader.py", *command(cfg), HF_HOME=str(tmp_path), HF_HUB_OFFLINE="1")
     assert "modelscope on cpu" in said and "leverage" in said

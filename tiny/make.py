@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rewards.py and vader.py are there
 from scores import measure, measure_i2v, measure_rewards, measure_wan
 from train_action import train_action
+from train_ask import train_ask
 from train_clip import train_aesthetic, train_clip
 from train_detector import train_detector
 from train_i2v import save_i2v, train_i2v_unet, train_i2v_vae
@@ -59,6 +60,7 @@ def main():
         train_preference(out, pool, "pickscore", 1500, seed)
         train_remove(out, pool, 4000, seed)
         train_action(out, pool, 5000, seed)
+        train_ask(out, make_pool(SEEN, 3072, seed + 60), 3000, seed)
         train_i2v_unet(out, 3200, 5008, seed)
         train_i2v_vae(out, 1600, seed)
         save_i2v(out)

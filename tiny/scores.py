@@ -31,6 +31,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan, TextToVideoSDPipeline
 from tqdm import trange
+from train_ask import QUESTIONS, ask_about, sky_blueness
 from train_detector import load_detector, right_answers
 from train_preferences import make_pairs, tastes
 from train_remove import overlap
@@ -41,7 +42,7 @@ from transformers import YolosForObjectDetection
 from world import FRAMES, MOTIONS, OBJECTS, SIZE, UNSEEN, caption, draw, pick, save_picture
 
 import vader
-from rewards import IMAGENET_MEAN, IMAGENET_STD, make_terms, preprocess
+from rewards import IMAGENET_MEAN, IMAGENET_STD, make_ask, make_terms, preprocess
 
 
 @torch.no_grad()
@@ -124,9 +125,33 @@ def measure_rewards(out: Path, seed: int):
     worse = score(shuffled, None) < score(clips[:256], None)
     print(f"vjepa: a shuffled clip scores worse in {worse.float().mean():.1%} of 256 pairs")
     measure_marks(out, score, seed)
+    measure_ask(out, pool, seed)
     ((_, score),) = load("smooth").values()
     worse = score(shuffled, None) < score(clips[:256], None)
     print(f"smooth: a shuffled clip scores worse in {worse.float().mean():.1%} of 256 pairs")
+
+
+@torch.no_grad()
+def measure_ask(out: Path, pool, seed: int):
+    """Print how often `ask` is right about drawn clips, as they are and through the autoencoder, by kind."""
+    generator, (video, labels, _, _) = torch.Generator().manual_seed(seed + 53), pool
+    drawn = video[:256].float() / 255
+    image, _ = load_autoencoders(out)
+    score = make_ask("cpu", torch.float32, weights=str(out / "rewards" / "ask"), arg="{prompt}")
+    for name, clips in (("drawn", drawn), ("after t2v's autoencoder", autoencoded(image, drawn))):
+        blue, right = sky_blueness(clips), {}
+        for kind in QUESTIONS:
+            for n, clip in enumerate(clips):
+                wrong = bool(n % 2)
+                question, _ = ask_about(kind, labels[n].tolist(), wrong, generator)
+                if kind == "sky":
+                    if (blue[n] - 0.3).abs() < 0.1:  # neither
+                        continue
+                    wrong = bool(blue[n] < 0.3)
+                (found,) = score(clip[None], [question]).tolist()
+                right.setdefault(kind, []).append((found > 0) != wrong)
+        said = ", ".join(f"{kind} {sum(values) / len(values):.1%}" for kind, values in right.items())
+        print(f"ask, 256 clips {name}, yes and no as often: {said}")
 
 
 @torch.no_grad()

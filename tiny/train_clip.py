@@ -19,7 +19,7 @@ from transformers import (
 )
 from world import COMBINATIONS, FRAMES, SEEN, SIZE, VISIBLE, caption, draw, pick, uniform
 
-from rewards import CLIP_MEAN, CLIP_STD, AestheticHead, preprocess
+from rewards import CLIP_MEAN, CLIP_STD, aesthetic_head, preprocess
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -102,7 +102,7 @@ def look_alike(labels):
 def moved_against_score(clip, head, pictures, target, most: float, generator):
     """Pictures (n, 3, 64, 64) after one fast-gradient step of up to `most` away from their target (n,)."""
     pictures.requires_grad_()
-    error = F.mse_loss(head(image_embedding(clip, pictures))[:, 0], target)
+    error = F.mse_loss(head.layers(image_embedding(clip, pictures))[:, 0], target)
     (slope,) = torch.autograd.grad(error, pictures)
     step = uniform((len(pictures), 1, 1, 1), 0, most, generator)
     return (pictures + step * slope.sign()).clamp(0, 1).detach()
@@ -118,7 +118,7 @@ def train_clip(out: Path, updates: int, seed: int):
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     tokenizer = make_tokenizer(out / "t2v" / "tokenizer")
-    clip, head = make_clip(tokenizer), AestheticHead(64)
+    clip, head = make_clip(tokenizer), aesthetic_head(64)
     words = nn.ModuleList(nn.Linear(64, n) for n in (6, 6, 4, 4))
     sees = nn.ModuleList(nn.Linear(64, n) for n in (6, 6, 4))
 
@@ -139,7 +139,7 @@ def train_clip(out: Path, updates: int, seed: int):
         ) / 2
         read = sum(F.cross_entropy(f(text), labels[:, i]) for i, f in enumerate(words))
         look = sum(F.cross_entropy(f(image), labels[:, i]) for f, i in zip(sees, VISIBLE, strict=True))
-        score = head(image)[:, 0]
+        score = head.layers(image)[:, 0]
         loss = contrast + read + 0.5 * look + F.mse_loss(score, target)
         shown = {"contrast": contrast, "read": read, "look": look, "score": F.l1_loss(score, target)}
         return loss, shown
@@ -164,7 +164,7 @@ def train_aesthetic(out: Path, updates: int, seed: int):
     folder = out / "rewards" / "aesthetic"
     tokenizer = CLIPTokenizer.from_pretrained(out / "t2v" / "tokenizer")
     clip = CLIPModel.from_pretrained(out / "work" / "clip", dtype=torch.float32)
-    head = AestheticHead(64).eval()
+    head = aesthetic_head(64).eval()
     head.load_state_dict(torch.load(folder / "aesthetic-model.pth", weights_only=True))
     drawn, scores, chosen = [], [], pick(SEEN, 8000, generator)
     for first in trange(0, 8000, 80, desc="pictures"):
@@ -185,7 +185,7 @@ def train_aesthetic(out: Path, updates: int, seed: int):
         if update > updates * 3 // 4:
             pictures = moved_against_score(clip, head, pictures, target, 0.01, generator)
         image = image_embedding(clip, pictures)
-        score = head(image)[:, 0]
+        score = head.layers(image)[:, 0]
         contrast = F.cross_entropy(image @ texts.T * clip.logit_scale.exp().detach(), numbers[batch])
         loss = F.mse_loss(score, target) + 0.05 * contrast
         return loss, {"contrast": contrast, "score": F.l1_loss(score, target)}

@@ -1,0 +1,137 @@
+"""The reward `camera`: what it measures on views of photographs and textures moved by known amounts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from camera import MOVES, optimise_path, photo, texture, view, with_object
+
+import rewards
+
+PICTURES = {"cat": photo("cat"), "texture": texture(0), "another": texture(1)}
+
+
+def one(move, dtype=torch.float32):
+    return rewards.make_camera("cpu", dtype, arg=move)
+
+
+def moved(picture, axis, rate, size=(128, 128), frames=8):
+    """A clip whose camera moves by `rate` percent a step: pan right, pan up, zoom in or roll right."""
+    path = torch.zeros(frames, 4)
+    path[:, axis] = rate * (torch.arange(frames) - (frames - 1) / 2)
+    return view(picture, path, size)
+
+
+@pytest.mark.parametrize("size", [(128, 128), (96, 160), (64, 64)])
+@pytest.mark.parametrize("name", PICTURES)
+def test_rates_are_right(name, size):
+    clips = [moved(PICTURES[name], axis, rate, size) for axis in range(4) for rate in (0.5, 1, 2, -4)]
+    rates, seen = rewards.camera_rates(torch.stack(clips))
+    assert rates.shape == (16, 7, 4) and seen.shape == (16, 7) and (seen > 0.1).all()
+    for n, (axis, rate) in enumerate((axis, rate) for axis in range(4) for rate in (0.5, 1, 2, -4)):
+        mean = rates[n].mean(0)
+        assert mean[axis].item() == pytest.approx(rate, rel=0.05), (axis, rate)
+        mean[axis] = 0
+        assert mean.abs().max() < 0.06 * abs(rate) + 0.01
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_an_object_that_moves_is_not_the_camera(name):
+    still = with_object(moved(PICTURES[name], 0, 0.0), (2.0, 0.5))
+    assert rewards.camera_rates(still[None])[0].mean(1).abs().max() < 0.1
+    for axis, against in enumerate([(-1, 0), (0, -1), (2, 0), (2, 0)]):
+        for rate in (0.5, 2.0):
+            object_rate = tuple(rate * share for share in against)
+            clip = with_object(moved(PICTURES[name], axis, rate), object_rate)
+            assert rewards.camera_rates(clip[None])[0][0, :, axis].mean().item() == pytest.approx(
+                rate, rel=0.1
+            )
+
+
+def test_where_there_is_no_texture_nothing_moves_and_one_line_says_so(capsys):
+    grey = torch.full((2, 5, 3, 48, 80), 0.5, requires_grad=True)
+    for move in ["smooth", "still", *MOVES]:
+        reward = one(move)
+        value = reward(grey, ["", ""])
+        value.sum().backward()
+        assert value.abs().max() == 0 and grey.grad.isfinite().all()
+        assert {name: v.abs().max().item() for name, v in reward.report.items()}.keys() >= {
+            "pan right",
+            "seen",
+        }
+        assert all(v.shape == (2,) and v.abs().max() == 0 for v in reward.report.values())
+        reward(grey, ["", ""])
+        said = [line for line in "".join(capsys.readouterr()).splitlines() if line]
+        assert said == ["camera: only 0% of the frame has texture to see it by"]
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_a_move_is_rewarded_and_its_opposite_is_not(move):
+    reward, (axis, sign) = one(move), MOVES[move]
+    right, faster, wrong = (moved(PICTURES["cat"], axis, sign * rate) for rate in (1, 2, -1))
+    values = reward(torch.stack([right, faster, wrong]), [""] * 3)
+    assert values[1] > values[0] > 0 > values[2]
+    path = torch.zeros(8, 4)
+    path[:, axis] = sign * torch.arange(8.0)
+    for other in {0, 1, 2, 3} - {axis}:  # the same with a second move, and with jitter, is worth less
+        drift = path.clone()
+        drift[:, other] = 0.7 * torch.arange(8.0)
+        assert reward(view(PICTURES["cat"], drift, (128, 128))[None], [""]) < values[0] - 0.1
+    path[:, axis] += 0.5 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+    assert reward(view(PICTURES["cat"], path, (128, 128))[None], [""]) < values[0]
+
+
+def test_smooth_and_still():
+    path = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    shaken, steady = view(PICTURES["cat"], path, (96, 96)), moved(PICTURES["cat"], 0, 2.0, (96, 96))
+    fixed = moved(PICTURES["cat"], 0, 0.0, (96, 96))
+    clips = torch.stack([shaken, steady, fixed])
+    smooth, still = one("smooth")(clips, [""] * 3), one("Still")(clips, [""] * 3)
+    assert smooth[0] < -1 and smooth[1] > -0.02 and smooth[2] > -0.02
+    assert (
+        still.tolist() == sorted(still.tolist())
+        and still[2] > -0.01
+        and still[1].item() == pytest.approx(-0.5, abs=0.05)
+    )
+
+
+def test_clips_of_a_batch_do_not_meet():
+    clips = torch.stack([moved(PICTURES["cat"], 0, 1.0), moved(PICTURES["texture"], 2, 2.0)]).requires_grad_()
+    reward = one("pan left")
+    values = reward(clips, ["", ""])
+    assert values.tolist() == pytest.approx([reward(clip[None], [""]).item() for clip in clips], abs=1e-5)
+    (slope,) = torch.autograd.grad(values[0], clips)
+    assert slope[1].abs().max() == 0 and (slope[0].flatten(1).norm(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("move", ["smooth", "still", "pan left", "zoom in", "roll right"])
+def test_gradients_agree_with_finite_differences(move):
+    """Along what a camera can do. Of pixels alone they differ by what the weights, held fixed, ignore."""
+    path = 0.8 * torch.randn(6, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    reward, picture = one(move, torch.float64), PICTURES["texture"].double()
+
+    def value(path):
+        return reward(view(picture, path, (96, 128))[None], [""])
+
+    (slope,) = torch.autograd.grad(value(path.requires_grad_()).sum(), path)
+    expected = torch.zeros_like(path)
+    for place in range(path.numel()):
+        step = torch.zeros(path.numel(), dtype=path.dtype)
+        step[place] = 1e-3
+        step = step.view_as(path)
+        expected.view(-1)[place] = (value(path + step) - value(path - step)).item() / 2e-3
+    assert F.cosine_similarity(slope.flatten(), expected.flatten(), dim=0) > 0.99
+    assert (slope - expected).norm() < 0.15 * expected.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("move", ["smooth", "still", *MOVES])
+def test_the_reward_alone_steers_a_camera(move):
+    before, after = optimise_path(PICTURES["cat"], move)
+    jitter = [rates.diff(dim=0).abs().mean().item() for rates in (before, after)]
+    assert jitter[1] < 0.5 * jitter[0]
+    if move == "still":
+        assert after.abs().mean() < 0.15
+    if move in MOVES:
+        axis, sign = MOVES[move]
+        wanted, others = sign * after.mean(0)[axis], [n for n in range(4) if n != axis]
+        assert wanted > 1.5 and after.mean(0)[others].abs().max() < 0.3
