@@ -612,7 +612,7 @@ def make_ask(device, dtype, weights=None, arg='Does the video show "{prompt}"? A
     yes, no = tokens("yes"), tokens("no")
     need(yes and no, f"ask: the tokenizer of {source} has no token for yes or no: give another --vlm")
     given = inputs(torch.rand(8, 3, 64, 64, requires_grad=True), "").values()
-    kept = any(isinstance(part, torch.Tensor) and part.requires_grad for part in given)
+    kept = not torch.is_grad_enabled() or any(getattr(part, "requires_grad", False) for part in given)
     need(kept, f"ask: the processor of {source} loses the gradient: give another --vlm, as SmolVLM2")
 
     def reward(frames, prompts):
