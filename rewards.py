@@ -98,7 +98,7 @@ def fetch(source: str, name: str, flag: str) -> Path:
 
 DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
 DAMAGED += (RuntimeError, EOFError, SyntaxError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile)
-DAMAGED += (SafetensorError, Image.DecompressionBombError, hub.StrictDataclassError)
+DAMAGED += (SafetensorError, Image.DecompressionBombError, hub.StrictDataclassError, ImportError)
 
 
 @contextlib.contextmanager
