@@ -526,14 +526,15 @@ def camera_rates(frames):
         right, down = torch.stack([one, zero, x, -y * h / w]), torch.stack([zero, one, y, x * w / h])
         flow = torch.stack([torch.einsum("mk,khw->mhw", p, move) for move in (right, down)], -1)
         # each frame goes half the way, so both are blurred alike
-        grids = torch.cat([here - flow / 2, here + flow / 2])
+        grids = torch.cat([here - flow / 2, here + flow / 2]).nan_to_num().clamp(-2, 2)
         a, b = F.grid_sample(torch.cat([a, b])[:, None], grids, "bilinear", "border", False)[:, 0].chunk(2)
         residual, (slope_y, slope_x) = a - b, torch.gradient((a + b) / 2, dim=(1, 2))
         slope = slope_x[:, None] * right * w / 2 + slope_y[:, None] * down * h / 2  # (M, 4, h, w)
         with torch.no_grad():
             inside = torch.stack((grids.abs() <= 1).all(-1).chunk(2)).all(0)
             median = residual.abs().masked_fill(~inside, torch.nan).flatten(1).nanmedian(1).values
-            sure = inside / (1 + (residual / (2 * median + 0.001)[:, None, None]) ** 2) ** 2
+            scale = 2 * median.nan_to_num()[:, None, None] + 0.001  # where nothing is inside
+            sure = inside / (1 + (residual / scale) ** 2) ** 2
             told = (sure * slope[:, :2].square().sum(1)).flatten(1)
             seen, sure = told.mean(1) ** 2 / (told.square().mean(1) + 1e-20), sure / (h * w)
         normal = torch.einsum("mkhw,mlhw,mhw->mkl", slope, slope, sure) + 1e-5 * torch.eye(4).to(a)
@@ -564,7 +565,7 @@ def make_camera(device, dtype, weights=None, *, arg):
     kind, warned = pick_label(dict(enumerate([*moves, "smooth", "still"])), arg, "camera move"), []
 
     def reward(frames, prompts):
-        need(frames.shape[1] >= 3, "camera needs 3 frames: raise --decode_frames or --num_frames")
+        need(frames.shape[1] >= 3 and min(frames.shape[-2:]) >= 16, "camera needs 3 frames of 16 x 16 pixels")
         rates, seen = camera_rates(frames)
         reward.report = dict(zip(moves, rates.detach().mean(1).T, strict=False)) | {"seen": seen.mean(1)}
         if (share := seen.mean().item()) < 0.1 and not warned:
@@ -592,6 +593,7 @@ def make_ask(device, dtype, weights=None, arg='Does the video show "{prompt}"? A
     source = weights or "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
     processor = load(transformers.AutoProcessor, source, "ask")
     network = load(transformers.AutoModelForImageTextToText, source, "ask", dtype=dtype, device=device)
+    need(hasattr(processor, "video_processor"), f"ask: {source} takes no videos")
     resize = processor.video_processor.resize
     # as on the 8 bits a channel that processors expect: what overshoots when it is resized is cut
     processor.video_processor.resize = lambda *args, **kwargs: resize(*args, **kwargs).clamp(0, 255)
@@ -607,7 +609,8 @@ def make_ask(device, dtype, weights=None, arg='Does the video show "{prompt}"? A
         said = [{"role": "user", "content": content}]
         chat = processor.apply_chat_template(said, add_generation_prompt=True)
         clip = 255 * exact(clip) + 1e-3  # SmolVLM drops a frame that is exactly 0 after its processor
-        return processor(text=[chat], videos=[clip], do_sample_frames=False, return_tensors="pt")
+        with reading(f"ask: {source} can't take {said[0]['content'][1]['text'][:60]!r} and a video"):
+            return processor(text=[chat], videos=[clip], do_sample_frames=False, return_tensors="pt")
 
     yes, no = tokens("yes"), tokens("no")
     need(yes and no, f"ask: the tokenizer of {source} has no token for yes or no: give another --vlm")
@@ -632,10 +635,7 @@ REWARDS = {name[5:]: make for name, make in [*globals().items()] if name.startsw
 
 
 def parse(spec: str) -> list[tuple[float, str, str | None]]:
-    """Split "hps + 0.5*remove:book" into [(1.0, "hps", None), (0.5, "remove", "book")].
-
-    What follows a colon stands in quotes, or goes on to the next " + " or " - ". Raises BadInput.
-    """
+    """Split "hps + 0.5*remove:book" into [(1.0, "hps", None), (0.5, "remove", "book")]. Raises BadInput."""
     number = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
     arg = r"""\s*:\s*("[^"]*"|'[^']*'|[^\s"'+][^+]*?)(?=\s*(?:\+|$)|\s+-[\s\d.])"""
     term = rf"\s*([+-]?)\s*(-?)\s*(?:({number})\s*\*)?\s*([A-Za-z_]\w*)(?:{arg})?\s*(?=[+-]|$)"
@@ -643,7 +643,7 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
     while rest or not terms:
         found = re.match(term, rest)
         good = found and (bool(found[1]) == bool(terms) or found[1] == "-")
-        need(good, f"can't read {rest.strip()!r} in --reward {spec!r}: write \"hps + 0.5*ask:'is it sad?'\"")
+        need(good, f"can't read {rest.strip()!r} in --reward {spec!r}: write \"hps + 0.5*ask:'a + b?'\"")
         sign, minus, weight, name, arg = found.groups()
         rest, name, arg = rest[found.end() :], name.lower(), arg and arg.strip("\"' ")
         weight = float(weight or 1) * (-1) ** [sign, minus].count("-")
@@ -653,7 +653,7 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
         need(abs(weight) <= 1e9, f"the weight of {name} in --reward: give one from -1e9 to 1e9")
         takes = inspect.signature(REWARDS[name]).parameters.get("arg")
         need(takes or not arg, f"{name} takes nothing after the colon: --reward {name}")
-        told = arg or not takes or takes.default is not takes.empty
+        told = arg or not takes or takes.default is not takes.empty and arg is None
         need(told, f"{name} must be told of what, after a colon: --reward {name}:...")
         terms.append((weight, name, arg))
     return terms

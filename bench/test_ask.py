@@ -195,6 +195,10 @@ def test_what_can_not_be_asked_is_refused_in_one_line(tmp_path, folders, monkeyp
             rewards.make_terms("ask", "cpu", torch.float32, TOY, **how)
         assert "\n" not in str(problem.value)
 
+    with pytest.raises(BadInput, match="must be told of what"):
+        rewards.parse("ask:''")
+    with pytest.raises(BadInput, match="can't take 'Is <image> red"):
+        rewards.make_terms("ask:Is <image> red?", "cpu", torch.float32, TOY)
     refused("no token for yes or no", vlm=save_qwen(tmp_path / "mute", 2, ("maybe",)))
     refused(
         "there is no tokenizer_config.json in the folder", vlm=str(HERE / "tiny" / "rewards" / "aesthetic")

@@ -135,3 +135,18 @@ def test_the_reward_alone_steers_a_camera(move):
         axis, sign = MOVES[move]
         wanted, others = sign * after.mean(0)[axis], [n for n in range(4) if n != axis]
         assert wanted > 1.5 and after.mean(0)[others].abs().max() < 0.3
+
+
+def test_what_is_not_finite_or_too_small_ends_no_process():
+    reward = one("still")
+    for bad in (torch.nan, torch.inf):  # as frames of a run that diverges: no gradient, and no crash
+        frames = torch.full((1, 4, 3, 32, 32), bad, requires_grad=True)
+        reward(frames, [""]).sum().backward()
+        assert not frames.grad.isfinite().all()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):  # hard cuts
+        frames = torch.rand(1, 4, 3, 16, 16, generator=generator).requires_grad_()
+        reward(frames, [""]).sum().backward()
+        assert frames.grad.isfinite().all()
+    with pytest.raises(rewards.BadInput, match="camera needs 3 frames of 16 x 16"):
+        reward(torch.rand(1, 4, 3, 8, 64), [""])
