@@ -14,9 +14,9 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
     g               d loss / d x, walked backwards      w         classifier-free guidance scale
     v               d loss / d frames                   K, T      trained steps, sampling steps
 
-Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. What a flag
-asks for is in models/, and `borrow` reads it: further models, pictures, --lora, --tracker, --mode. The loss
-is minus the reward; the paper's own loss form for each reward is left out.
+Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. What a
+flag asks for is in models/, and `borrow` reads it: more models, .jsonl prompts, --lora, --tracker, --mode.
+The loss is minus the reward; the paper's own loss form for each reward is left out.
 """
 
 import contextlib
@@ -221,6 +221,7 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     family, source, preset = find_model(model)
     half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     name = getattr(reward, "__name__", "custom") if reward else cfg.reward
+    # "remove:book + 0.5*hps" becomes the folder name remove-book-0.5-hps
     label = re.sub(r"[^\w.]+", "-", f"{name}-{Path(model).name if '/' in model else model}").strip("-")
     found = preset | dict(grad_steps=family.grad_steps, checkpointing=device != "cpu")
     found |= dict(lora_alpha=cfg.lora_rank or preset["lora_rank"], lora_targets="to_q,to_k,to_v,to_out.0")
@@ -243,10 +244,8 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     need(cfg.dtype != "fp16" or cuda, f"--dtype fp16 is for GPUs: on {device}, leave the flag out")
     unguided = cfg.guidance_scale == 1 or family.images == "must"
     need(not (unguided and cfg.negative_prompt), "--negative_prompt: there is no guidance by text here")
-    kinds = {f".{name}": isinstance(part, torch.nn.Linear) for name, part in skeleton.named_modules()}
-    for target in [] if cfg.lora else cfg.lora_targets.split(","):
-        fit = [linear for name, linear in kinds.items() if name.endswith(f".{target.strip()}")]
-        need(fit and all(fit), f"--lora_targets {target!r}: give the ends of linear layers' names, as to_q")
+    if "lora_targets" in given and not cfg.lora:
+        borrow("lora", "--lora_targets")["check_targets"](cfg.lora_targets, skeleton)
     there = [name for name in rewards.REWARDS if Path(cfg.reward_weights or "", name).is_dir()]
     need(there or not cfg.reward_weights, f"--reward_weights {cfg.reward_weights}: no reward's folder there")
     ready = cfg.tracker == "none" or importlib.util.find_spec(cfg.tracker)
@@ -255,10 +254,13 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
         config = read_config(source, "scheduler/scheduler_config.json")
         need("_class_name" in config, f"{source}: scheduler_config.json names no scheduler")
         family(source, device, DTYPES[cfg.dtype]).schedule(cfg)  # raises for a sampler that is no line
-    need(reward or any(w for w, *_ in rewards.parse(cfg.reward)), f"--reward {cfg.reward}: all weigh 0")
-    need(not cfg.vlm or re.search(r"(?i)\bask\b", cfg.reward), "--vlm is for the reward ask: leave it out")
-    with reading("your reward must be a function (frames, prompts)"):
-        _ = reward and inspect.signature(reward).bind("frames", "prompts")
+    if reward:
+        with reading("your reward must be a function (frames, prompts)"):
+            inspect.signature(reward).bind("frames", "prompts")
+        return cfg, source, family
+    names = {name for weight, name, _ in rewards.parse(cfg.reward) if weight}
+    need(names, f"--reward {cfg.reward}: all weights are 0, give one another")
+    need("ask" in names or not cfg.vlm, "--vlm is for the reward ask: leave it out")
     return cfg, source, family
 
 
@@ -272,34 +274,21 @@ class Prompt(NamedTuple):
 
 # SWAP: your prompts.
 def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
-    """The prompts of a text file, one a line, or of a .jsonl file of {"prompt": ..., "image": ...} lines.
+    """The prompts of a text file, one a line, # lines left out; or of a .jsonl file, see models/images.py.
 
-    Either may be left out; image paths are relative to the file. family: of the model. Raises BadInput.
+    family: of the model, which may want an image with each. Raises BadInput.
     """
     need(Path(path).is_file(), f"no prompt file {path}: give --prompts a text file, one prompt a line")
-    kind, prompts, model = Path(path).suffix.lower(), [], family or TextToVideoUNet
+    kind, text = Path(path).suffix.lower(), Path(path).read_text(encoding="utf-8-sig", errors="replace")
     need(kind in ("", ".txt", ".jsonl"), f"{path}: prompts are read from .txt and .jsonl files")
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     need(not {"\0", "\ufffd"} & set(text), f"{path} is not a text file: give one prompt a line, in UTF-8")
-    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
-        if not line or line.startswith("#"):
-            continue
-        prompt, image = line, None
-        if kind == ".jsonl":
-            wanted = f'{path}, line {number}: write {{"prompt": "...", "image": "file.png"}}'
-            with reading(wanted):
-                row = json.loads(line)
-                prompt, image = row.pop("prompt", "").strip(), row.pop("image", None) or None
-                need(not row and (prompt.encode() or image) and isinstance(image, str | None), wanted)
-            if image:
-                image = str(Path(path).parent / image)
-                model.open_image(image)
-        prompts.append(Prompt(prompt, image))
-    if family and family.images == "no" and any(prompt.image for prompt in prompts):
-        print(f"{path}: this model makes no video from an image, the images are left out")
-    bare = model.images == "must" and not all(prompt.image for prompt in prompts)
-    need(not bare, f"{path}: this model starts from an image: use .jsonl, with one in each line")
+    lines = {n: line for n, line in enumerate(map(str.strip, text.split("\n")), 1) if line and line[0] != "#"}
+    prompts = [Prompt(line) for line in lines.values()]
+    if kind == ".jsonl":
+        prompts = borrow("images", ".jsonl")["read_rows"](path, lines, family)
     need(prompts, f"{path} holds no prompts: write one a line")
+    bare = family and family.images == "must" and not all(prompt.image for prompt in prompts)
+    need(not bare, f"{path}: this model starts from an image: use .jsonl, with one in each line")
     return prompts
 
 
@@ -402,7 +391,7 @@ class TextToVideoUNet:
     stochastic, grad_steps = True, "last"  # does the sampler take --eta? the default of that setting
     inputs = 1  # how many latents side by side the denoiser takes
     max_tokens = None  # of a prompt that the text encoder reads; its tokenizer's own limit
-    images, open_image = "no", str  # is the video made from an image: no, may, must; what reads one
+    images = "no"  # is the video made from an image: no, may, must
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
@@ -432,7 +421,6 @@ class TextToVideoUNet:
         """{prompt: what `denoise` is given, without batch dimension}, by the stock pipeline; it is freed."""
         pipe = self.stock(self.text_pipeline, "text_encoder", "tokenizer")
         limit = self.max_tokens or pipe.tokenizer.model_max_length
-        need(limit < 1e9, f"{self.source}: tokenizer_config.json is damaged, it has no model_max_length")
         long = [prompt.text for prompt in prompts if len(pipe.tokenizer(prompt.text).input_ids) > limit]
         if long:
             print(f"{len(long)} prompts are cut at {limit} tokens, the first is {long[0][:60]!r}...")
@@ -667,8 +655,9 @@ def read_metrics(out: Path) -> list[dict]:
     path = out / "metrics.jsonl"
     with reading(f"{path} is damaged: give another --out"):
         *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        rows = sorted(map(json.loads, lines), key=lambda row: row["step"] + 0)
-        np.array([row["eval"].get("reward", [row["eval"]["folder"] + ""]) for row in rows if "eval" in row])
+        rows = sorted(map(json.loads, lines), key=lambda row: int(row["step"]))
+        for found in (row["eval"] for row in rows if "reward" in row.get("eval", {})):
+            paired_gain(found["reward"], [0.0] * len(found["prompts"]))  # raises unless a number for each
         return rows
 
 
@@ -682,6 +671,7 @@ def append_metrics(out: Path, row: dict, track=None):
 
 def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | None]:
     """What must stay the same when a run goes on, and the checkpoint in --out or None. Raises BadInput."""
+    # what must stay: the settings but these, the prompts in use, the number of processes
     free = {"out", "resume", "steps", "eval_every", "tracker", "device", "prompts", "eval_prompts"}
     now = {name: value for name, value in vars(cfg).items() if name not in free}
     used = [(text, image and Path(image).is_file() and Path(image).read_bytes()) for text, image in prompts]
@@ -709,6 +699,25 @@ def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | No
         need(state["step"] <= cfg.steps, f"{out} has {state['step']} updates: give --steps as many, or more")
         need(updates >= state["step"] >= 1, f"{out} has lost rows of its metrics.jsonl: {anew}")
         return now, state
+
+
+def save_checkpoint(run: Run, optimizer, scaler, **counts):
+    """Write what `restore_checkpoint` takes back; counts: step, skipped."""
+    lora = {name: p.detach() for name, p in lora_parameters(run.model).items()}
+    state = dict(lora=lora, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    torch.save(state | counts, file := io.BytesIO())
+    write_whole(Path(run.cfg.out) / "checkpoint" / "state.pt", file.getvalue())
+
+
+def restore_checkpoint(run: Run, optimizer, scaler, state: dict) -> tuple[int, int]:
+    """Load a checkpoint -> updates made, and skipped. Raises BadInput."""
+    with reading(f"{run.cfg.out}/checkpoint/state.pt is damaged: give another --out"):
+        same = state["lora"].keys() == lora_parameters(run.model).keys()
+        need(same and all(w.isfinite().all() for w in state["lora"].values()), "it has another LoRA")
+        run.model.denoiser.load_state_dict(state["lora"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        return int(state["step"]), int(state["skipped"])
 
 
 @contextlib.contextmanager
@@ -898,13 +907,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
         model, optimizer, step, skipped, in_a_row = run.model, make_optimizer(run), 0, 0, 0
         scaler = torch.amp.GradScaler(model.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
         if state:
-            with reading(f"{out}/checkpoint/state.pt is damaged: give another --out"):
-                step, skipped, own = int(state["step"]), state["skipped"], state["lora"]
-                same = own.keys() == lora_parameters(model).keys()
-                need(same and all(w.isfinite().all() for w in own.values()), "it has another LoRA")
-                model.denoiser.load_state_dict(own, strict=False)
-                optimizer.load_state_dict(state["optimizer"])
-                scaler.load_state_dict(state["scaler"])
+            step, skipped = restore_checkpoint(run, optimizer, scaler, state)
         if world > 1:
             dist.barrier()  # all have looked into the output folder
         if rank == 0:
@@ -944,11 +947,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
                     if rank == 0:
                         append_metrics(out, row | {"skipped": skipped}, track)
                         save_lora(model, out / "lora")
-                        lora = {name: p.detach() for name, p in lora_parameters(model).items()}
-                        state = dict(step=step + 1, skipped=skipped, lora=lora)
-                        state |= dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-                        torch.save(state, file := io.BytesIO())
-                        write_whole(out / "checkpoint" / "state.pt", file.getvalue())
+                        save_checkpoint(run, optimizer, scaler, step=step + 1, skipped=skipped)
                     shown = ("reward", "grad_norm", "seconds", "memory_gb")
                     bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
             step = stop
@@ -986,13 +985,14 @@ def main(argv: list[str] | None = None) -> int:
     except (BadInput, OSError) as error:  # files of a model that are not there, a full disk
         print(f"vader.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:  # a GPU's, and that of a CPU
+    except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory, none for a CPU's
         if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
             raise
         print("vader.py: stopped: out of memory: --offload, or a smaller --height, --width", file=sys.stderr)
     except (FloatingPointError, KeyboardInterrupt) as error:  # this where another script has called it
-        said = str(error) or "train(replace(cfg, resume=True)) goes on"
-        print(f"vader.py: stopped: {said}", file=sys.stderr)
+        print(
+            f"vader.py: stopped: {str(error) or 'train(replace(cfg, resume=True)) goes on'}", file=sys.stderr
+        )
     return 1
 
 

@@ -16,7 +16,7 @@ QUESTION = "Is it red?"
 QWEN = """{% for m in messages %}<|im_start|>{{ m['role'] }}
 {% for c in m['content'] %}{% if c['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>{% else %}\
 {{ c['text'] }}{% endif %}{% endfor %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endfor %}{% if add_generation_prompt %}<|im_start|>model
 {% endif %}"""
 
 
@@ -31,7 +31,7 @@ def small_tokenizer(words, special):
     return tokenizer
 
 
-def save_qwen(folder, version, words=("Yes", "No", " yes", " no", "user", "assistant")):
+def save_qwen(folder, version, words=("Yes", "No", " yes", " no", "user", "model")):
     """A small random Qwen2-VL or Qwen3-VL."""
     torch.manual_seed(0)
     names = dict(image_token="<|image_pad|>", video_token="<|video_pad|>")

@@ -1,10 +1,14 @@
-"""Pictures that videos start from, for the families that take them."""
+"""Pictures that videos start from, and the .jsonl files of prompts that name them."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from rewards import reading
+from rewards import need, reading
+from vader import Prompt
 
 
 def open_image(path: str) -> Image.Image:
@@ -23,3 +27,26 @@ def read_image(path: str, height: int, width: int):
     """A picture file, resized, as (3, H, W) float32 in [0, 1]. Raises BadInput."""
     picture = open_image(path).resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+
+
+def read_rows(path: str, lines: dict[int, str], family) -> list[Prompt]:
+    """The prompts of a file of {"prompt": ..., "image": ...} lines; either may be left out. Raises BadInput.
+
+    lines: by their number in the file. Image paths are relative to it. family: of the model, or None.
+    """
+    prompts = []
+    for number, line in lines.items():
+        wanted = f'{path}, line {number}: write {{"prompt": "...", "image": "file.png"}}'
+        with reading(wanted):
+            row = json.loads(line)
+            text, image = row.pop("prompt", "").strip(), row.pop("image", None) or None
+            need(not row and (text.encode() or image) and isinstance(image, str | None), wanted)
+        if image:
+            image = str(Path(path).parent / image)
+            need(Path(image).is_file(), f"{path}, line {number}: can't read the image {image}: no file")
+            if family and family.images != "no":
+                open_image(image)
+        prompts.append(Prompt(text, image))
+    if family and family.images == "no" and any(prompt.image for prompt in prompts):
+        print(f"{path}: this model makes no video from an image, the images are left out")
+    return prompts

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import peft
+import torch
 from safetensors.torch import load_file
 
 from rewards import need, read_json, reading
@@ -34,6 +35,15 @@ def check_lora(folder: str, skeleton, given: dict) -> dict:
         same = {*str(given[name]).replace(" ", "").split(",")} == {*str(has[name]).split(",")}
         need(same, f"--{name} {given[name]}: the LoRA in --lora has {has[name]}, leave the flag out")
     return has
+
+
+def check_targets(targets: str, skeleton):
+    """Raises BadInput unless each of the targets, "to_q,to_v", is the end of names of linear layers alone."""
+    layers = {f".{name}": isinstance(part, torch.nn.Linear) for name, part in skeleton.named_modules()}
+    for target in targets.split(","):
+        linear = [found for name, found in layers.items() if name.endswith(f".{target.strip()}")]
+        good = linear and all(linear)
+        need(good, f"--lora_targets {target!r}: give the ends of linear layers' names, as to_q,to_v")
 
 
 def save_stock(model, folder: Path):
