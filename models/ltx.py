@@ -33,7 +33,6 @@ class LTX(TextToVideoUNet):
     multiple, frame_multiple = 32, 8
     scale, frames_per_latent = 32, 8
     stochastic, images = False, "may"
-    open_image = staticmethod(pictures["open_image"])
     max_tokens = 128
     frame_rate = 25  # frames per second, told to the denoiser
     decode_timestep, decode_noise_scale = 0.05, 0.025  # for a VAE that takes a timestep (0.9.1 and later)

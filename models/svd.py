@@ -31,7 +31,6 @@ class StableVideoDiffusion(TextToVideoUNet):
     checkpointed += ("BasicTransformerBlock", "TemporalBasicTransformerBlock")  # within: 2.7 GB less
     vae_checkpointed = ("SpatioTemporalResBlock",)
     stochastic, images, inputs = False, "must", 2
-    open_image = staticmethod(pictures["open_image"])
     grad_steps = "strongest"  # the last of 25 steps has a leverage of 0.002, the strongest 0.29
     together = 7 * 4 * 72 * 128  # numbers in the latents decoded at once: half a video of the native size
     # the model's own defaults: frames per second less one, how much moves, noise on the image
@@ -55,7 +54,7 @@ class StableVideoDiffusion(TextToVideoUNet):
         for prompt in prompts:
             if prompt.image is None:
                 continue
-            picture = self.open_image(prompt.image)
+            picture = pictures["open_image"](prompt.image)
             noise = torch.randn(1, 3, cfg.height, cfg.width, generator=generator_for("image noise"))
             start = (
                 pictures["read_image"](prompt.image, cfg.height, cfg.width)[None] * 2
