@@ -56,6 +56,13 @@ def need(ok, message: str):
         raise BadInput(message)
 
 
+def borrow(module: str, what: str) -> dict:
+    """What models/<module>.py defines, which `what` asks for. Raises BadInput."""
+    file = Path(__file__).parent / "models" / f"{module}.py"
+    need(file.is_file(), f"{what} needs models/{file.name} beside rewards.py: get it from the repository")
+    return runpy.run_path(str(file), run_name=f"models.{module}")
+
+
 def hub_problem(error: Exception, source: str) -> str:
     """What to do about an exception of huggingface_hub; its more particular classes come first."""
     status = getattr(getattr(error, "response", None), "status_code", "")
@@ -106,7 +113,9 @@ def reading(problem: str):
     """Inside, what libraries raise on damaged files is one line, `problem` first. Raises BadInput."""
     try:
         yield
-    except DAMAGED as error:
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, DAMAGED):  # tokenizers raise the bare class
+            raise
         raise BadInput(f"{problem} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
 
 
@@ -149,10 +158,9 @@ def load(kind, source: str, flag: str, subfolder="", dtype=None, device=None, mo
         files = pick_files(names, network, half)
         for name in [*filter(re.compile(r"[^/]*\.(json|txt|model|jinja)").fullmatch, names), *files]:
             fetch(source, prefix + name, flag)
-    need(
-        files, f"{flag}: {folder} lacks {'weights' if network else 'its vocabulary'}, or a part: get it again"
-    )
-    with reading(f"{flag}: the {kind.__name__} in {folder} is damaged, get it again"):
+    what = "weights" if network else "its vocabulary"
+    need(files, f"{flag}: {folder} lacks {what}, or a part: get it again")
+    with reading(f"{flag}: {folder} holds no {kind.__name__}, or a damaged one: get it again"):
         if not network:
             need("tokenizer.json" not in files or read_json(folder / "tokenizer.json")["model"]["vocab"], "")
             return kind.from_pretrained(str(folder), local_files_only=True)
@@ -264,9 +272,8 @@ def make_aesthetic(device, dtype, weights=None):
     """
     path = fetch(weights or "trl-lib/ddpo-aesthetic-predictor", "aesthetic-model.pth", "aesthetic")
     kind, model = transformers.CLIPVisionModelWithProjection, weights or "openai/clip-vit-large-patch14"
-    clip = load(
-        kind, model, "aesthetic", dtype=dtype, device=device, more=r"text_|logit_scale"
-    )  # of a whole CLIP
+    text = r"text_|logit_scale"  # of a whole CLIP
+    clip = load(kind, model, "aesthetic", dtype=dtype, device=device, more=text)
     head = load_state(aesthetic_head(clip.config.projection_dim), path)
     head = frozen(head, device, torch.promote_types(dtype, torch.float32))
 
@@ -463,10 +470,7 @@ def make_vjepa(device, dtype, weights=None):
 
     Wants all frames (an odd last one is left out); --decode_frames 16 bounds what that costs.
     """
-    file = Path(__file__).parent / "models" / "vjepa.py"
-    need(file.is_file(), "vjepa needs models/vjepa.py beside rewards.py: get it from the repository")
-    score = runpy.run_path(str(file))["jepa_score"]
-    source = weights or "facebook/vjepa2-vitl-fpc64-256"
+    score, source = borrow("vjepa", "vjepa")["jepa_score"], weights or "facebook/vjepa2-vitl-fpc64-256"
     model = load(transformers.VJEPA2Model, source, "vjepa", dtype=dtype, device=device)
     side, tube = model.config.crop_size, model.config.tubelet_size
 
@@ -509,67 +513,23 @@ def make_dynamic(device, dtype, weights=None):
     return reward
 
 
-def camera_rates(frames):
-    """How the camera moves from each frame to the next: (B, N - 1, 4), and how much shows it, (B, N - 1).
-
-    Pan right, pan up, zoom in, roll right in percent: of the frame's width, its height, its size, a radian.
-    The similarity motion between frames by Gauss-Newton on brightness constancy (Lucas & Kanade 1981; Bergen
-    et al. 1992), coarse then fine, differentiated through the last step. Weights keep moving objects out, a
-    ridge pulls to 0 where texture lacks. The second is the share of the frame that carries the estimate.
-    """
-
-    def step(p, a, b):
-        """p: (M, 4) right, down, larger, clockwise, in half frames; a, b: (M, h, w) grey -> p, seen."""
-        h, w = a.shape[1:]
-        y, x = torch.meshgrid(*((torch.arange(n).to(a) + 0.5) / n * 2 - 1 for n in (h, w)), indexing="ij")
-        one, zero, here = torch.ones_like(x), torch.zeros_like(x), torch.stack([x, y], -1)
-        right, down = torch.stack([one, zero, x, -y * h / w]), torch.stack([zero, one, y, x * w / h])
-        flow = torch.stack([torch.einsum("mk,khw->mhw", p, move) for move in (right, down)], -1)
-        # each frame goes half the way, so both are blurred alike
-        grids = torch.cat([here - flow / 2, here + flow / 2]).nan_to_num().clamp(-2, 2)
-        a, b = F.grid_sample(torch.cat([a, b])[:, None], grids, "bilinear", "border", False)[:, 0].chunk(2)
-        residual, (slope_y, slope_x) = a - b, torch.gradient((a + b) / 2, dim=(1, 2))
-        slope = slope_x[:, None] * right * w / 2 + slope_y[:, None] * down * h / 2  # (M, 4, h, w)
-        with torch.no_grad():
-            inside = torch.stack((grids.abs() <= 1).all(-1).chunk(2)).all(0)
-            median = residual.abs().masked_fill(~inside, torch.nan).flatten(1).nanmedian(1).values
-            scale = 2 * median.nan_to_num()[:, None, None] + 0.001  # where nothing is inside
-            sure = inside / (1 + (residual / scale) ** 2) ** 2
-            told = (sure * slope[:, :2].square().sum(1)).flatten(1)
-            seen, sure = told.mean(1) ** 2 / (told.square().mean(1) + 1e-20), sure / (h * w)
-        normal = torch.einsum("mkhw,mlhw,mhw->mkl", slope, slope, sure) + 1e-5 * torch.eye(4).to(a)
-        pull = torch.einsum("mkhw,mhw->mk", slope, sure * residual) - 1e-5 * p
-        return p + torch.linalg.solve(normal, pull), seen
-
-    shrink = max(1, min(frames.shape[-2:]) / 64)
-    grey = F.interpolate(exact(frames).mean(2), scale_factor=1 / shrink, mode="bilinear", antialias=True)
-    for _ in range(4):
-        grey = F.avg_pool2d(grey, 3, stride=1, padding=1, count_include_pad=False)
-    pairs = grey[:, :-1].flatten(0, 1), grey[:, 1:].flatten(0, 1)
-    p = grey.new_zeros(len(pairs[0]), 4)
-    with torch.no_grad():
-        for level in [[F.avg_pool2d(side, 4) for side in pairs]] * 8 + [pairs] * 8:
-            p, _ = step(p, *level)
-    p, seen = step(p, *pairs)
-    rates = p * torch.tensor([-50.0, 50.0, 100.0, -100.0]).to(p)
-    return rates.unflatten(0, (len(frames), -1)), seen.unflatten(0, (len(frames), -1))
-
-
 def make_camera(device, dtype, weights=None, *, arg):
-    """How well the camera does as told, by `camera_rates`. arg: smooth, still, zoom in, pan left, and so on.
+    """How well the camera does as told, by models/camera.py. arg: smooth, still, zoom in, pan left, ...
 
     smooth: minus the rates' mean squared change over their mean square, 0 at best; still: minus their mean
     size; a move: its mean rate, less half of the others' and of its own change. Reports the rates and `seen`.
     """
     moves = ["pan right", "pan up", "zoom in", "roll right", "pan left", "pan down", "zoom out", "roll left"]
     kind, warned = pick_label(dict(enumerate([*moves, "smooth", "still"])), arg, "camera move"), []
+    camera_rates = borrow("camera", "camera")["camera_rates"]
 
     def reward(frames, prompts):
         need(frames.shape[1] >= 3 and min(frames.shape[-2:]) >= 16, "camera needs 3 frames of 16 x 16 pixels")
         rates, seen = camera_rates(frames)
         reward.report = dict(zip(moves, rates.detach().mean(1).T, strict=False)) | {"seen": seen.mean(1)}
         if (share := seen.mean().item()) < 0.1 and not warned:
-            warned.append(tqdm.write(f"camera: only {share:.0%} of the frame has texture to see it by"))
+            advice = "add a reward that looks at the picture, as + 5*hps"
+            warned.append(tqdm.write(f"camera: {share:.0%} of the frame has texture to see it by; {advice}"))
         jerk, size = rates.diff(dim=1), rates.abs().mean(1)
         if kind == 8:  # smooth
             return -jerk.square().mean((1, 2)) / (rates.square().mean((1, 2)) + 0.01)
@@ -591,9 +551,11 @@ def make_ask(device, dtype, weights=None, arg='Does the video show "{prompt}"? A
     weights: a folder or hub id, also of --vlm, that AutoModelForImageTextToText loads.
     """
     source = weights or "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
-    processor = load(transformers.AutoProcessor, source, "ask")
-    network = load(transformers.AutoModelForImageTextToText, source, "ask", dtype=dtype, device=device)
-    need(hasattr(processor, "video_processor"), f"ask: {source} takes no videos")
+    kind, flag = transformers.AutoModelForImageTextToText, "ask (--vlm)"
+    processor = load(transformers.AutoProcessor, source, flag)
+    need(hasattr(processor, "video_processor"), f"{flag}: {source} takes no videos")
+    network = load(kind, source, flag, dtype=dtype, device=device)
+    longest = getattr(network.config.get_text_config(), "max_position_embeddings", 1e9)
     resize = processor.video_processor.resize
     # as on the 8 bits a channel that processors expect: what overshoots when it is resized is cut
     processor.video_processor.resize = lambda *args, **kwargs: resize(*args, **kwargs).clamp(0, 255)
@@ -609,23 +571,33 @@ def make_ask(device, dtype, weights=None, arg='Does the video show "{prompt}"? A
         said = [{"role": "user", "content": content}]
         chat = processor.apply_chat_template(said, add_generation_prompt=True)
         clip = 255 * exact(clip) + 1e-3  # SmolVLM drops a frame that is exactly 0 after its processor
-        with reading(f"ask: {source} can't take {said[0]['content'][1]['text'][:60]!r} and a video"):
-            return processor(text=[chat], videos=[clip], do_sample_frames=False, return_tensors="pt")
+        with reading(f"{flag}: {source} can't take {content[1]['text'][:60]!r} and a video"):
+            given = processor(text=[chat], videos=[clip], do_sample_frames=False, return_tensors="pt")
+        need(given.input_ids.shape[1] <= longest, f"ask: question and prompt have over {longest} tokens")
+        return given.to(device)
 
     yes, no = tokens("yes"), tokens("no")
-    need(yes and no, f"ask: the tokenizer of {source} has no token for yes or no: give another --vlm")
-    given = inputs(torch.rand(8, 3, 64, 64, requires_grad=True), "").values()
-    kept = not torch.is_grad_enabled() or any(getattr(part, "requires_grad", False) for part in given)
-    need(kept, f"ask: the processor of {source} loses the gradient: give another --vlm, as SmolVLM2")
+    told = yes and no and not {*yes} & {*no}
+    need(told, f"{flag}: the tokenizer of {source} has no token for yes or no: give another --vlm")
+    given = inputs(noise := torch.rand(8, 3, 64, 64, requires_grad=True), "")
+    kept = any(part.requires_grad for part in given.values() if isinstance(part, torch.Tensor))
+    kept = kept or not torch.is_grad_enabled()
+    need(kept, f"{flag}: the processor of {source} loses the gradient: give another --vlm, as SmolVLM2")
+    with torch.no_grad(), reading(f"{flag}: network and processor of {source} do not fit together"):
+        network(**given, use_cache=False, logits_to_keep=1)
+
+    def check(prompts):
+        for prompt in {p for p in prompts if "<" in p or p == max(prompts, key=len)}:
+            inputs(noise, prompt)
 
     def reward(frames, prompts):
-        given = [inputs(*pair).to(device) for pair in zip(frames, prompts, strict=True)]
+        given = [inputs(*pair) for pair in zip(frames, prompts, strict=True)]
         logits = [network(**each, use_cache=False, logits_to_keep=1).logits[0, -1] for each in given]
         logits = exact(torch.stack(logits))  # (B, vocabulary)
         reward.report = {"p(yes)": logits.detach().softmax(-1)[:, yes].sum(-1)}
         return logits[:, yes].logsumexp(-1) - logits[:, no].logsumexp(-1)
 
-    reward.frames, reward.networks = 8, [network]
+    reward.frames, reward.networks, reward.check = 8, [network], check
     return reward
 
 
@@ -637,13 +609,14 @@ REWARDS = {name[5:]: make for name, make in [*globals().items()] if name.startsw
 def parse(spec: str) -> list[tuple[float, str, str | None]]:
     """Split "hps + 0.5*remove:book" into [(1.0, "hps", None), (0.5, "remove", "book")]. Raises BadInput."""
     number = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
-    arg = r"""\s*:\s*("[^"]*"|'[^']*'|[^\s"'+][^+]*?)(?=\s*(?:\+|$)|\s+-[\s\d.])"""
+    arg = r"""\s*:\s*("[^"]*"|'[^']*'|[^\s"'+][^+]*?|)(?=\s*(?:\+|$)|\s+-[\s\d.])"""
     term = rf"\s*([+-]?)\s*(-?)\s*(?:({number})\s*\*)?\s*([A-Za-z_]\w*)(?:{arg})?\s*(?=[+-]|$)"
     terms, rest = [], spec
     while rest or not terms:
         found = re.match(term, rest)
         good = found and (bool(found[1]) == bool(terms) or found[1] == "-")
-        need(good, f"can't read {rest.strip()!r} in --reward {spec!r}: write \"hps + 0.5*ask:'a + b?'\"")
+        example = "write as \"hps + 0.5*clip\", what has + or - in it in quotes: ask:'Is it 1 + 1?'"
+        need(good, f"can't read {rest.strip()!r} in --reward {spec!r}: {example}")
         sign, minus, weight, name, arg = found.groups()
         rest, name, arg = rest[found.end() :], name.lower(), arg and arg.strip("\"' ")
         weight = float(weight or 1) * (-1) ** [sign, minus].count("-")

@@ -30,7 +30,6 @@ import json
 import math
 import os
 import re
-import runpy
 import shlex
 import shutil
 import signal
@@ -72,10 +71,11 @@ from filelock import FileLock
 from tqdm import tqdm
 
 import rewards
-from rewards import BadInput, evenly_spaced, need, reading
+from rewards import BadInput, borrow, evenly_spaced, need, reading
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+sys.modules.setdefault("vader", sys.modules[__name__])  # run or pasted, for what models/ imports
 TOY, PAGE = str(HERE / "tiny" / "rewards"), HERE / "page.html"
 
 
@@ -199,14 +199,6 @@ def find_model(model: str) -> tuple[type, str, dict]:
     family = TextToVideoUNet if module == "vader" else borrow(module, name)[class_name]
     preset = family.presets.get(model) or next(iter(family.presets.values())) | {"source": model}
     return family, preset["source"], preset
-
-
-def borrow(module: str, what: str) -> dict:
-    """What models/<module>.py defines; its `vader` is this one, run or pasted. Raises BadInput."""
-    file = HERE / "models" / f"{module}.py"
-    need(file.is_file(), f"{what} needs models/{file.name} beside vader.py: get it from the repository")
-    sys.modules.setdefault("vader", sys.modules[__name__])
-    return runpy.run_path(str(file), run_name=f"models.{module}")
 
 
 def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
@@ -408,6 +400,8 @@ class TextToVideoUNet:
             made = cls.denoiser_class.from_config(config)
             channels = cls.inputs * (vae.get("latent_channels") or vae["z_dim"])
             need(made.config.in_channels == channels, f"{source}: no code for other inputs than latents")
+            blocks = vae.get("block_out_channels", "none") if cls.scale == 8 else "none"
+            need(len(blocks) == 4, f"{source}: no code for a VAE of another scale than {cls.scale}")
         return made
 
     def schedule(self, cfg: Config) -> Schedule:

@@ -1,5 +1,9 @@
 """The reward `ask`: against the official processors and plain calls, with small vision-language models."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import tokenizers
 import torch
@@ -195,15 +199,31 @@ def test_what_can_not_be_asked_is_refused_in_one_line(tmp_path, folders, monkeyp
             rewards.make_terms("ask", "cpu", torch.float32, TOY, **how)
         assert "\n" not in str(problem.value)
 
-    with pytest.raises(BadInput, match="must be told of what"):
-        rewards.parse("ask:''")
+    for nothing in ("ask:''", "ask:", "camera:", "hps + ask: "):
+        with pytest.raises(BadInput, match="must be told of what"):
+            rewards.parse(nothing)
+    with pytest.raises(BadInput, match="what has . or - in it in quotes"):
+        rewards.parse("ask:Is it 1 + 1?")
     with pytest.raises(BadInput, match="can't take 'Is <image> red"):
         rewards.make_terms("ask:Is <image> red?", "cpu", torch.float32, TOY)
     refused("no token for yes or no", vlm=save_qwen(tmp_path / "mute", 2, ("maybe",)))
+    refused("can't take 'Does the video show .* <image>", prompts=["a cat", "an <image>"])
+    refused("question and prompt have over 512 tokens", prompts=["a cat", "cat and dog " * 9999])
+    # one setting of the processor, of the network, or a name in the tokenizer, is another model's
+    for file, key, value in (
+        ("processor_config.json", "image_seq_len", 5),
+        ("config.json", "image_token_id", 3),
+        ("tokenizer.json", "model", {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}),
+    ):
+        made = Path(shutil.copytree(TINY, tmp_path / file))
+        whole = json.loads((made / file).read_text())
+        assert key in whole
+        (made / file).write_text(json.dumps(whole | {key: value}))
+        refused("do not fit together|can't take|or a damaged one", vlm=str(made))
     refused(
         "there is no tokenizer_config.json in the folder", vlm=str(HERE / "tiny" / "rewards" / "aesthetic")
     )
-    refused("AutoProcessor in .*clip is damaged, get it again", vlm=str(HERE / "tiny" / "rewards" / "clip"))
+    refused("clip holds no AutoProcessor, or a damaged one", vlm=str(HERE / "tiny" / "rewards" / "clip"))
     refused("can't get 'some/where'", vlm="some/where")
     resize = transformers.SmolVLMVideoProcessor.resize
     monkeypatch.setattr(
