@@ -41,6 +41,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+HERE = Path(__file__).resolve().parent
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -58,7 +59,7 @@ def need(ok, message: str):
 
 def borrow(module: str, what: str) -> dict:
     """What models/<module>.py defines, which `what` asks for. Raises BadInput."""
-    file = Path(__file__).parent / "models" / f"{module}.py"
+    file = HERE / "models" / f"{module}.py"
     need(file.is_file(), f"{what} needs models/{file.name} beside rewards.py: get it from the repository")
     return runpy.run_path(str(file), run_name=f"models.{module}")
 
@@ -572,7 +573,7 @@ def make_ask(device, dtype, weights=None, arg='Does the video show "{prompt}"? A
         chat = processor.apply_chat_template(said, add_generation_prompt=True)
         clip = 255 * exact(clip) + 1e-3  # SmolVLM drops a frame that is exactly 0 after its processor
         with reading(f"{flag}: {source} can't take {content[1]['text'][:60]!r} and a video"):
-            given = processor(text=[chat], videos=[clip], do_sample_frames=False, return_tensors="pt")
+            given = processor(text=[chat], videos=[[clip]], do_sample_frames=False, return_tensors="pt")
         need(given.input_ids.shape[1] <= longest, f"ask: question and prompt have over {longest} tokens")
         return given.to(device)
 
@@ -621,7 +622,7 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
         rest, name, arg = rest[found.end() :], name.lower(), arg and arg.strip("\"' ")
         weight = float(weight or 1) * (-1) ** [sign, minus].count("-")
         near = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name, REWARDS, n=1))
-        need(name in REWARDS, f"unknown reward {name!r}: {near}There are: {', '.join(REWARDS)}")
+        need(name in REWARDS, f"--reward: unknown reward {name!r}: {near}There are: {', '.join(REWARDS)}")
         need((name, arg) not in [one[1:] for one in terms], f"{name} stands twice in --reward: weigh it once")
         need(abs(weight) <= 1e9, f"the weight of {name} in --reward: give one from -1e9 to 1e9")
         takes = inspect.signature(REWARDS[name]).parameters.get("arg")

@@ -116,6 +116,9 @@ class Config:
     decode_chunk: int = arg(1, "frames decoded at once; costs memory")
     checkpointing: bool | None = arg(None, "recompute activations: less memory, more time; default on a GPU")
     offload: bool = arg(False, "what is idle waits in host memory: less memory, more time")
+    quantize: Literal["none", "int8", "nf4"] = arg(
+        "none", "the frozen weights of denoiser and `ask`: less memory"
+    )
     reward_weights: str | None = arg(None, "folder with sub-folders of rewards, to load these from")
     vlm: str | None = arg(None, "folder or hub id of the vision-language model of the reward ask")
     # the optimiser and the LoRA
@@ -240,6 +243,8 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
         borrow("lora", "--lora_targets")["check_targets"](cfg.lora_targets, skeleton)
     there = [name for name in rewards.REWARDS if Path(cfg.reward_weights or "", name).is_dir()]
     need(there or not cfg.reward_weights, f"--reward_weights {cfg.reward_weights}: no reward's folder there")
+    if cfg.quantize != "none":
+        borrow("quantize", "--quantize")["check_library"](cfg.quantize, device)
     ready = cfg.tracker == "none" or importlib.util.find_spec(cfg.tracker)
     need(ready, f"--tracker {cfg.tracker} is not installed: pip install {cfg.tracker}")
     with reading(f"{source}: the scheduler's config is damaged"):
@@ -349,7 +354,10 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
         c = rescale(torch.ones_like(x), t).mean().item()
         a, b, s, large = scheduler.step(f, t, x, **noisy).prev_sample.flatten().tolist()
         linear = math.isclose(large, 100 * (a if i % 2 else b), rel_tol=1e-5, abs_tol=1e-5)
-        need(linear and (eta or s == 0), "scheduler_config.json: this one clips or draws noise, take another")
+        need(
+            linear and (eta or s == 0),
+            "--model: the sampler of scheduler_config.json clips or draws noise, take another",
+        )
         rows.append((a, b, c, s))
     tables = map(list, zip(*rows, strict=True))
     return Schedule(scheduler.timesteps, *tables, start=float(getattr(scheduler, "init_noise_sigma", 1)))
@@ -707,7 +715,10 @@ def restore_checkpoint(run: Run, optimizer, scaler, state: dict) -> tuple[int, i
     """Load a checkpoint -> updates made, and skipped. Raises BadInput."""
     with reading(f"{run.cfg.out}/checkpoint/state.pt is damaged: give another --out"):
         same = state["lora"].keys() == lora_parameters(run.model).keys()
-        need(same and all(w.isfinite().all() for w in state["lora"].values()), "it has another LoRA")
+        same = same and all(w.isfinite().all() for w in state["lora"].values())
+        need(
+            same, f"{run.cfg.out}/checkpoint/state.pt has another LoRA, or a damaged one: give another --out"
+        )
         run.model.denoiser.load_state_dict(state["lora"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -753,6 +764,8 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
     with reading(f"{source}: its tokenizer, text encoder and pipeline do not fit together"):
         run.conds = model.encode([*dict.fromkeys(prompts), Prompt(cfg.negative_prompt)], cfg)
     model.load()
+    if cfg.quantize != "none":
+        borrow("quantize", "--quantize")["quantize"](model.denoiser, cfg.quantize, dtype)
     if cfg.lora or cfg.mode == "train":
         add_lora(model, cfg)
     if cfg.checkpointing:
@@ -865,10 +878,11 @@ def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None) -
         cuda.reset_peak_memory_stats()  # or the peak is that of encoding the prompts
     parameters = list(lora_parameters(run.model).values())
     optimizer.zero_grad()
+    scale = scaler.scale(torch.ones((), device=run.model.device)).item() / cfg.grad_accum
     for m in range(cfg.grad_accum):
         number = (step * cfg.grad_accum + m) * world + rank
         chosen = batch_prompts(prompts, cfg, number)
-        values = micro_batch(run, chosen, step, number, scaler.get_scale() / cfg.grad_accum)
+        values = micro_batch(run, chosen, step, number, scale)
         for name, value in values.items():
             found.setdefault(name, []).extend(value.tolist())
     if world > 1:

@@ -200,7 +200,7 @@ def models(work):
     for source in (TINY / "t2v", TINY / "wan", TINY / "i2v", ROOT / "configs" / "cogvideox"):
         words = ["--model", work / "model", "--num_frames", {"wan": 5, "cogvideox": 9}.get(source.name, 2)]
         words += ["--prompts", TINY / "images.jsonl"] if source.name == "i2v" else []
-        yield from ((what, words, str(work / "model")) for what in harmed(source, work / "model"))
+        yield from ((what, words, f"{work}/model|--model") for what in harmed(source, work / "model"))
 
 
 def weights(work):

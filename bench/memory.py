@@ -1,34 +1,32 @@
-"""Peak memory of one update by phase: predicted from config files alone, or measured on a GPU.
+"""Peak memory of one update by phase and its operations: predicted from config files alone, or measured.
 
     python bench/memory.py --model svd --reward hps --vram 16    # exit code 1 when it does not fit
     python bench/memory.py                                       # memory.csv: the rows that are not there yet
     python bench/memory.py --measure                             # on a CUDA GPU, its memory capped at 16 GB
 
 Takes the flags of vader.py; no weights, no GPU, and no network for what is in configs/. A whole update runs
-on networks without content: counted is what the allocator is asked for, not its rounding, nor CUDA's own.
+on networks without content: counted is what the allocator is asked for, not its rounding, nor CUDA's own, and
+the floating-point operations of matrix products, convolutions and attention, two for a multiply-add.
 memory.csv: gigabytes by phase, at the models' own sizes. --measure makes the same updates with weights as
-PyTorch initialises them; never run on a GPU yet.
+PyTorch initialises them, and two sampling steps; the seconds of the others are added.
 """
 
 import argparse
-import contextlib
 import csv
 import dataclasses
 import gc
 import itertools
 import sys
-import weakref
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from unittest import mock
 
 import diffusers
 import torch
 import transformers
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from fake import LiveStorages, without_weights
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -37,142 +35,11 @@ import vader  # noqa: E402
 
 CONFIGS, TABLE = HERE.parent / "configs", HERE / "memory.csv"
 MODELS = ("modelscope", "zeroscope", "animatediff", "svd", "cogvideox", "ltx", "wan")
+# Half-precision peaks that NVIDIA publishes, 1e12 operations a second, dense, sums in float32.
+CARDS = {"T4": 65, "RTX 4060 Ti": 44, "RTX 4080": 97, "A100": 312}
+UTILISATION = 0.4  # of these, assumed; what was measured is in bench/README.md
 ROWS = [("hps", False), ("hps", True), ("aesthetic", False), ("vjepa", False), ("ask", False)]
 MORE = ["clip", "pickscore", "remove:book", "action:archery", "camera:smooth"]
-
-
-class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of all storages alive that were made inside, and their peak.
-
-    Under FakeTensorMode only draws, whole numbers, and what is computed from these alone have content, since
-    masks and indices decide what comes next.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.sizes, self.now, self.peak = {}, 0, 0
-
-    def free(self, key):
-        self.now -= self.sizes.pop(key)
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        whole = isinstance(kwargs.get("dtype"), torch.dtype) and not kwargs["dtype"].is_floating_point
-        content = whole or "generator" in kwargs or func.__name__.startswith(("arange", "randperm"))
-        away = torch.device(kwargs.get("device") or "cpu").type != "cpu"  # may be a GPU that is not there
-        if away or any(isinstance(tensor, FakeTensor) for tensor in given) or not (given or content):
-            result = func(*args, **kwargs)
-        else:
-            with unset_fake_temporarily():
-                result = func(*args, **kwargs)
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.sizes:
-                    self.sizes[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self.free, storage._cdata)
-        self.peak = max(self.peak, self.now)
-        return result
-
-
-def exchange(module: torch.nn.Module, *args, **kwargs) -> torch.nn.Module:
-    """`Module.to` for weights without content, which can't be exchanged in place."""
-    given = [*args, *kwargs.values()]
-    dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
-    device = next((value for value in given if isinstance(value, (str, torch.device))), None)
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for name, old in ((name, old) for name, old in table.items() if old is not None):
-                wanted = dtype if dtype and old.is_floating_point() else old.dtype
-                if (torch.device(device or old.device).type, wanted) != (old.device.type, old.dtype):
-                    new, kept = (
-                        old.detach().to(device or old.device, wanted),
-                        isinstance(old, torch.nn.Parameter),
-                    )
-                    table[name] = torch.nn.Parameter(new, old.requires_grad) if kept else new
-    return module
-
-
-@contextlib.contextmanager
-def without_weights(memory: LiveStorages | None = None):
-    """Inside, what loads weights makes networks from their config files instead, and any tokenizer will do.
-
-    Replaced: what reads weights, and `frozen`, which checkpoints on a GPU only. memory: counts, no content.
-    """
-    fetch, frozen, words = rewards.fetch, rewards.frozen, {"<pad>": 0, "</s>": 1, "?": 2}
-    side = {"longest_edge": 512}  # SmolVLM2's chat about videos, with the words of tiny/
-    chat = transformers.SmolVLMProcessor.from_pretrained(HERE.parent / "tiny" / "rewards" / "ask")
-    chat.video_processor, chat.image_seq_len = (
-        transformers.SmolVLMVideoProcessor(size=side, max_image_size=side),
-        64,
-    )
-
-    def network(cls, folder, subfolder=None, dtype=None, torch_dtype=None, **_):
-        before, peak = torch.get_default_dtype(), memory.peak if memory else 0
-        torch.set_default_dtype(dtype or torch_dtype or torch.float32)
-        try:
-            if issubclass(cls, diffusers.ModelMixin):
-                return cls.from_config(cls.load_config(folder, subfolder=subfolder)).eval()
-            config = cls.config_class.from_pretrained(folder, subfolder=subfolder or "")
-            made = cls._from_config(config, dtype=torch.get_default_dtype())
-            made.tie_weights()
-            if memory:  # the library makes tied weights once
-                gc.collect()
-                memory.peak = max(peak, memory.now)
-            return made.eval()
-        finally:
-            torch.set_default_dtype(before)
-
-    def load(kind, source, flag, subfolder="", dtype=None, device=None, more=""):
-        if kind is transformers.AutoProcessor:
-            return chat
-        if kind is transformers.AutoModelForImageTextToText:
-            kind = transformers.SmolVLMForConditionalGeneration
-        made = kind.from_pretrained(source, subfolder=subfolder, dtype=dtype)
-        return made if device is None else as_on_a_gpu(made, device, dtype)
-
-    def image_features(self, pixel_values, pixel_attention_mask=None, **_):
-        """As the library's where no frame is padding, which it reads off their content."""
-        self.config.image_token_id = chat.image_token_id
-        found = self.vision_model(pixel_values=pixel_values.flatten(0, 1).to(self.dtype), return_dict=True)
-        found.pooler_output = [self.connector(found.last_hidden_state).flatten(0, 1)]
-        return found
-
-    def tokenizer(cls, folder, subfolder="", **_):
-        file = (Path(folder) / subfolder).parent / "text_encoder" / "config.json"
-        config = rewards.read_json(file) if file.exists() else {"model_type": "clip"}
-        longest = config.get("max_position_embeddings", 77 if "clip" in config["model_type"] else 512)
-        special = dict(pad_token="<pad>", eos_token="</s>", unk_token="?", model_max_length=longest)
-        special["tokenizer_object"] = Tokenizer(WordLevel(words, unk_token="?"))
-        return transformers.PreTrainedTokenizerFast(**special)
-
-    def found(source, name, flag):
-        return fetch(source, name, flag) if name.endswith(".json") else Path(source) / name
-
-    def as_on_a_gpu(network, device, dtype):
-        if memory:
-            with mock.patch.object(torch.nn.Module, "to", lambda part, *_: part):
-                frozen(network, "cuda", dtype)
-        return frozen(network, device, dtype)
-
-    with contextlib.ExitStack() as stack:
-        for target, name, value in (
-            (diffusers.ModelMixin, "from_pretrained", classmethod(network)),
-            (transformers.PreTrainedModel, "from_pretrained", classmethod(network)),
-            (transformers.PreTrainedModel, "init_weights", lambda self: None),
-            (transformers.PreTrainedTokenizerBase, "from_pretrained", classmethod(tokenizer)),
-            *([(torch.nn.Module, "to", exchange)] if memory else []),
-            (rewards, "load", load),
-            (rewards, "load_state", lambda network, *_, **__: network),
-            (rewards, "fetch", found),
-            (rewards, "frozen", as_on_a_gpu),
-            (transformers.SmolVLMModel, "get_image_features", image_features),
-            (sys.modules[transformers.SmolVLMModel.__module__], "torch_compilable_check", lambda *_: None),
-        ):
-            stack.enter_context(mock.patch.object(target, name, value))
-        yield
 
 
 def resolve(cfg: vader.Config) -> tuple[vader.Config, str, type, list[vader.Prompt]]:
@@ -194,22 +61,30 @@ def make_terms(cfg: vader.Config, device) -> dict:
     return rewards.make_terms(cfg.reward, device, vader.DTYPES[cfg.dtype], folders)
 
 
-def predict(cfg: vader.Config) -> dict[str, float]:
-    """The peak of each phase of one update in GB: {phase: GB}. Raises BadInput."""
+def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, float]:
+    """The peak of each phase of one update in GB: {phase: GB}. Raises BadInput.
+
+    operations: gets the update's, {"sampling", "score", "walk back": 1e12 of them}.
+    """
     cfg, source, family, prompts = resolve(cfg)
+    videos, T, K = cfg.grad_accum, cfg.num_inference_steps, cfg.backprop_steps
     cfg = dataclasses.replace(cfg, num_inference_steps=1, backprop_steps=1)
     schedule = vader.Schedule(torch.ones(1), [1.0], [1.0], [1.0], [0.0])  # one step is as large as any
-    found, idle = {}, 0  # idle: bytes that wait on the host
+    found, counted, idle = {}, {}, 0  # idle: bytes that wait on the host
 
     def phase(name, *waiting):
         """It is over; in the next one these networks wait on the host."""
         nonlocal idle
+        counted[name] = memory.operations - sum(counted.values())
         gc.collect()
         found[name] = (memory.peak - idle) / 1e9
         idle = sum(p.nbytes for p in {p for part in waiting for p in part.parameters()})
         memory.peak = memory.now
 
-    with FakeTensorMode(allow_non_fake_inputs=True), LiveStorages() as memory, without_weights(memory):
+    with ExitStack() as stack:
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        memory = stack.enter_context(LiveStorages())
+        stack.enter_context(without_weights(memory))
         model = family(source, "cpu", vader.DTYPES[cfg.dtype])
         run = vader.Run(cfg, model, schedule, make_terms(cfg, "cpu"), {})
         networks = [n for _, reward in run.terms.values() for n in getattr(reward, "networks", ())]
@@ -231,7 +106,8 @@ def predict(cfg: vader.Config) -> dict[str, float]:
         latents = vader.rollout(run, batch)
         phase("rollout", *denoiser)
         n, frames = len(picks), latents[-1].shape[2]  # which need most depends on the VAE
-        for chosen in {tuple(picks), tuple(range(n)), tuple(range(frames - n, frames))}:
+        places = {tuple(picks), tuple(range(n)), tuple(range(frames - n, frames))}
+        for chosen in places:
             g = None
             _, g = vader.score(run, batch._replace(picks=list(chosen)), latents[-1])
         phase("score", *scoring)
@@ -243,23 +119,67 @@ def predict(cfg: vader.Config) -> dict[str, float]:
             model.decode(latents[-1], range(frames))
         phase("decoding a video")
     del found["rewards"]  # part of loading
+    times = {"sampling": ("rollout", T), "score": ("score", 1 / len(places)), "walk back": ("walk back", K)}
+    for name, (part, n) in times.items() if operations is not None else ():
+        operations[name] = videos * n * counted[part] / 1e12
     return found
 
 
+def hours(operations: dict, cfg: vader.Config) -> dict[str, float]:
+    """Of the updates of a whole run on each of CARDS, without evaluations."""
+    total = sum(operations.values()) * resolve(cfg)[0].steps
+    return {card: total / (peak * UTILISATION) / 3600 for card, peak in CARDS.items()}
+
+
 def measure(cfg: vader.Config, device="cuda", updates=3) -> dict:
-    """Peak of reserved GPU memory in GB and seconds of the fastest update, with weights as initialised."""
-    cfg, source, family, prompts = resolve(cfg)
-    cfg = dataclasses.replace(cfg, device=device)
+    """Peaks of GPU memory in GB and seconds of the fastest update, with weights as initialised.
+
+    "measured peak": what was reserved, of that "allocated"; "seconds": {phase: seconds} of an update.
+    """
+    full, source, family, prompts = resolve(cfg)
+    cfg = dataclasses.replace(full, device=device, num_inference_steps=2, backprop_steps=1, grad_accum=1)
+    spent = {name: [] for name in ("rollout", "score", "walk_back", "update")}
+
+    def timed(name):
+        function = getattr(vader, name)
+
+        def run(*args):
+            start = time.perf_counter()
+            found = function(*args)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            spent[name].append(time.perf_counter() - start)
+            return found
+
+        return mock.patch.object(vader, name, run)
+
     if device == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    with without_weights():
+    with ExitStack() as stack:
+        stack.enter_context(without_weights(device=device))
         terms = make_terms(cfg, device)
-        with mock.patch.object(rewards, "make_terms", lambda *_: terms):
-            run = vader.load_run(cfg, source, family, prompts)
+        stack.enter_context(mock.patch.object(rewards, "make_terms", lambda *_: terms))
+        run = vader.load_run(cfg, source, family, prompts)
         optimizer = vader.make_optimizer(run)
-        rows = [vader.update(run, prompts, step, optimizer) for step in range(updates)]
-    peak, seconds = torch.cuda.max_memory_reserved() / 1e9, min(row["seconds"] for row in rows)
-    return {"measured peak": f"{peak:.2f}", "seconds per update": f"{seconds:.1f}"}
+        for name in spent:
+            stack.enter_context(timed(name))
+        for step in range(updates):
+            vader.update(run, prompts, step, optimizer)
+    once = {name: min(times) for name, times in spent.items()}
+    more = (full.num_inference_steps / 2 - 1) * once["rollout"]
+    more += (full.backprop_steps - 1) * once["walk_back"]
+    found = {"seconds per update": full.grad_accum * (once["update"] + more), "seconds": once}
+    if device == "cuda":
+        found["measured peak"] = torch.cuda.max_memory_reserved() / 1e9
+        found["allocated"] = torch.cuda.max_memory_allocated() / 1e9
+    return found
+
+
+def cap():
+    """Let this process have 16 GB of the GPU's memory, and no more."""
+    there = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 16e9 / there))
 
 
 def write_table(measured: bool):
@@ -282,7 +202,9 @@ def write_table(measured: bool):
             rows[key] |= {name: f"{size:.2f}" for name, size in found.items()}
             rows[key] |= dict.fromkeys(["measured peak", "seconds per update"], "not measured yet")
         if measured:
-            rows[key] |= measure(cfg)
+            made = measure(cfg)
+            print(key, made, flush=True)
+            rows[key] |= {name: f"{made[name]:.2f}" for name in ("measured peak", "seconds per update")}
         print(rows[key], flush=True)
         with open(TABLE, "w", newline="") as target:
             table = csv.DictWriter(target, rows[key])
@@ -299,19 +221,23 @@ def main(argv=None) -> int:
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
     if args.measure:
-        there = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, 16e9 / there))
+        cap()
     if not flags:
         write_table(args.measure)
         return 0
+    operations = {}
     try:
         cfg = vader.parse_args(flags)
-        found = predict(cfg)
+        found = predict(cfg, operations)
     except vader.BadInput as error:
         print(f"memory.py: error: {error}", file=sys.stderr)
         return 2
     print("\n".join(f"{name:18}{size:6.2f} GB" for name, size in found.items()))
     print(f"{'peak':18}{(peak := max(found.values())):6.2f} GB predicted; CUDA itself takes about 0.5 more")
+    for name, count in operations.items():
+        print(f"{name:18}{count:9.2f} TFLOP an update")
+    for card, found in hours(operations, cfg).items():
+        print(f"{card:18}{found:6.1f} hours of updates at {UTILISATION:.0%} of its half-precision peak")
     if args.measure:
         print(measure(cfg))
     if not args.vram or peak <= args.vram:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from memory import LiveStorages
+from fake import LiveStorages
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))

@@ -23,6 +23,7 @@ import vader
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))  # behind, as it has a rewards.py too
+import fake  # noqa: E402
 import memory  # noqa: E402 (needs the line above)
 
 PHOTO = str(HERE.parent / "tiny" / "photo-cat.jpg")
@@ -36,7 +37,7 @@ ONE_DTYPE = {"addmm", "baddbmm", "bmm", "convolution", "mm", "native_group_norm"
 
 
 # ---- A GPU that is not there -------------------------------------------------------------------------------
-class Strict(memory.LiveStorages):
+class Strict(fake.LiveStorages):
     """Content where memory.py needs it; and raises for a mix of dtypes where a GPU would."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -94,7 +95,7 @@ def fake_gpu():
     """Inside there is a GPU, and networks are made without weights."""
     torch._C._ensureCUDADeviceGuardSet()
     with contextlib.ExitStack() as stack:
-        for context in (FakeTensorMode(allow_non_fake_inputs=True), Strict(), memory.without_weights()):
+        for context in (FakeTensorMode(allow_non_fake_inputs=True), Strict(), fake.without_weights()):
             stack.enter_context(context)
         load = diffusers.ModelMixin.__dict__["from_pretrained"].__func__
 
@@ -108,7 +109,7 @@ def fake_gpu():
 
         for target, name, value in (
             (diffusers.ModelMixin, "from_pretrained", classmethod(as_published)),
-            (torch.nn.Module, "to", memory.exchange),
+            (torch.nn.Module, "to", fake.exchange),
             (torch.Tensor, "backward", backward),
             *((torch.Tensor, name, zeros(name, getattr(torch.Tensor, name))) for name in ("tolist", "numpy")),
             (iio, "imwrite", mock.Mock()),

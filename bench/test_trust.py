@@ -288,3 +288,15 @@ def test_saved_files_are_readable_and_name_no_path(loaded, tmp_path):
     vader.save_lora(hub_model, tmp_path / "lora")
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert "some/model" in (tmp_path / "lora" / "README.md").read_text()
+
+
+def test_an_update_with_fp16_s_scale_is_the_same_update(settings):
+    """The loss is scaled, from the first update on, and the gradient scaled back: here with a CPU's scaler."""
+    made = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)):
+        run = load(settings)
+        row = vader.update(run, PROMPTS, 0, vader.make_optimizer(run), scaler)
+        made.append((row["grad_norm"], vader.lora_parameters(run.model)))
+    (norm, plain), (scaled_norm, scaled) = made
+    assert scaler.get_scale() == 2.0**12 and scaled_norm == pytest.approx(norm, rel=1e-4)
+    assert all(scaled[name].allclose(p, atol=1e-5) for name, p in plain.items())

@@ -1,0 +1,160 @@
+"""Networks without weights or content, and what is alive of them: memory and operations of a real update."""
+
+import contextlib
+import gc
+import sys
+import weakref
+from pathlib import Path
+from unittest import mock
+
+import diffusers
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import rewards  # noqa: E402 (needs the line above)
+
+
+class LiveStorages(TorchDispatchMode):
+    """Counts the bytes of all storages alive that were made inside, their peak, and operations.
+
+    Under FakeTensorMode only draws, whole numbers, and what is computed from these alone have content, since
+    masks and indices decide what comes next.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak, self.operations = {}, 0, 0, 0
+
+    def free(self, key):
+        self.now -= self.sizes.pop(key)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        whole = isinstance(kwargs.get("dtype"), torch.dtype) and not kwargs["dtype"].is_floating_point
+        content = whole or "generator" in kwargs or func.__name__.startswith(("arange", "randperm"))
+        away = torch.device(kwargs.get("device") or "cpu").type != "cpu"  # may be a GPU that is not there
+        if away or any(isinstance(tensor, FakeTensor) for tensor in given) or not (given or content):
+            result = func(*args, **kwargs)
+        else:
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+        if func.overloadpacket in flop_registry:
+            self.operations += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self.free, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return result
+
+
+def exchange(module: torch.nn.Module, *args, **kwargs) -> torch.nn.Module:
+    """`Module.to` for weights without content, which can't be exchanged in place."""
+    given = [*args, *kwargs.values()]
+    dtype = next((value for value in given if isinstance(value, torch.dtype)), None)
+    device = next((value for value in given if isinstance(value, (str, torch.device))), None)
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for name, old in ((name, old) for name, old in table.items() if old is not None):
+                wanted = dtype if dtype and old.is_floating_point() else old.dtype
+                if (torch.device(device or old.device).type, wanted) != (old.device.type, old.dtype):
+                    new, kept = (
+                        old.detach().to(device or old.device, wanted),
+                        isinstance(old, torch.nn.Parameter),
+                    )
+                    table[name] = torch.nn.Parameter(new, old.requires_grad) if kept else new
+    return module
+
+
+@contextlib.contextmanager
+def without_weights(memory: LiveStorages | None = None, device="cpu"):
+    """Inside, what loads weights makes networks from their config files instead, and any tokenizer will do.
+
+    Replaced: what reads weights, and `frozen`, which checkpoints on a GPU only. memory: counts, no content.
+    device: where the networks are made.
+    """
+    fetch, frozen, words = rewards.fetch, rewards.frozen, {"<pad>": 0, "</s>": 1, "?": 2}
+    side = {"longest_edge": 512}  # SmolVLM2's chat about videos, with the words of tiny/
+    chat = transformers.SmolVLMProcessor.from_pretrained(ROOT / "tiny" / "rewards" / "ask")
+    chat.video_processor, chat.image_seq_len = (
+        transformers.SmolVLMVideoProcessor(size=side, max_image_size=side),
+        64,
+    )
+
+    def network(cls, folder, subfolder=None, dtype=None, torch_dtype=None, **_):
+        before, peak = torch.get_default_dtype(), memory.peak if memory else 0
+        torch.set_default_dtype(dtype or torch_dtype or torch.float32)
+        try:
+            with torch.device(device):
+                if issubclass(cls, diffusers.ModelMixin):
+                    return cls.from_config(cls.load_config(folder, subfolder=subfolder)).eval()
+                config = cls.config_class.from_pretrained(folder, subfolder=subfolder or "")
+                made = cls._from_config(config, dtype=torch.get_default_dtype())
+            made.tie_weights()
+            if memory:  # the library makes tied weights once
+                gc.collect()
+                memory.peak = max(peak, memory.now)
+            return made.eval()
+        finally:
+            torch.set_default_dtype(before)
+
+    def load(kind, source, flag, subfolder="", dtype=None, device=None, more=""):
+        if kind is transformers.AutoProcessor:
+            return chat
+        if kind is transformers.AutoModelForImageTextToText:
+            kind = transformers.SmolVLMForConditionalGeneration
+        made = kind.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+        return made if device is None else as_on_a_gpu(made, device, dtype)
+
+    def image_features(self, pixel_values, pixel_attention_mask=None, **_):
+        """As the library's where no frame is padding, which it reads off their content."""
+        self.config.image_token_id = chat.image_token_id
+        found = self.vision_model(pixel_values=pixel_values.flatten(0, 1).to(self.dtype), return_dict=True)
+        found.pooler_output = [self.connector(found.last_hidden_state).flatten(0, 1)]
+        return found
+
+    def tokenizer(cls, folder, subfolder="", **_):
+        file = (Path(folder) / subfolder).parent / "text_encoder" / "config.json"
+        config = rewards.read_json(file) if file.exists() else {"model_type": "clip"}
+        longest = config.get("max_position_embeddings", 77 if "clip" in config["model_type"] else 512)
+        special = dict(pad_token="<pad>", eos_token="</s>", unk_token="?", model_max_length=longest)
+        special["tokenizer_object"] = Tokenizer(WordLevel(words, unk_token="?"))
+        return transformers.PreTrainedTokenizerFast(**special)
+
+    def found(source, name, flag):
+        return fetch(source, name, flag) if name.endswith(".json") else Path(source) / name
+
+    def as_on_a_gpu(network, device, dtype):
+        if memory:
+            with mock.patch.object(torch.nn.Module, "to", lambda part, *_: part):
+                frozen(network, "cuda", dtype)
+        return frozen(network, device, dtype)
+
+    with contextlib.ExitStack() as stack:
+        for target, name, value in (
+            (diffusers.ModelMixin, "from_pretrained", classmethod(network)),
+            (transformers.PreTrainedModel, "from_pretrained", classmethod(network)),
+            (transformers.PreTrainedModel, "init_weights", lambda self: None),
+            (transformers.PreTrainedTokenizerBase, "from_pretrained", classmethod(tokenizer)),
+            *([(torch.nn.Module, "to", exchange)] if memory else []),
+            (rewards, "load", load),
+            (rewards, "load_state", lambda network, *_, **__: network),
+            (rewards, "fetch", found),
+            (rewards, "frozen", as_on_a_gpu),
+            (transformers.SmolVLMModel, "get_image_features", image_features),
+            (sys.modules[transformers.SmolVLMModel.__module__], "torch_compilable_check", lambda *_: None),
+        ):
+            stack.enter_context(mock.patch.object(target, name, value))
+        yield
