@@ -118,7 +118,7 @@ def batch(run, prompts=PROMPTS, seed=0, **changes):
     shape = len(prompts), *run.model.latent_shape(run.cfg)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     generator = vader.generator_for(seed)
-    chosen = dict(picks=vader.pick_latent_frames(run, generator), trained=vader.trained_steps(run, generator))
+    chosen = dict(picks=vader.pick_latent_frames(run, generator), trained=vader.trained_steps(run))
     return vader.make_batch(run, prompts, noise, generator, **chosen | changes)
 
 

@@ -87,6 +87,15 @@ def list_hub(source: str) -> list[str]:
     return [file.rfilename for file in HfApi().model_info(source, timeout=8).siblings]
 
 
+@contextlib.contextmanager
+def asking_hub(source: str, flag: str):
+    """Inside, what huggingface_hub raises is one line. Raises BadInput."""
+    try:
+        yield
+    except (hub.HTTPError, OSError, hub.HFValidationError) as error:
+        raise BadInput(f"{flag}: can't get {source!r}: {hub_problem(error, source)}") from None
+
+
 def fetch(source: str, name: str, flag: str) -> Path:
     """One file of a folder; or of a hub repository, from the cache, else downloaded. Raises BadInput."""
     where = Path(source)
@@ -94,14 +103,12 @@ def fetch(source: str, name: str, flag: str) -> Path:
     if where.is_dir():
         need((where / name).is_file(), f"{flag}: there is no {name} in the folder {source}")
         return where / name
-    try:
+    with asking_hub(source, flag):
         cached = try_to_load_from_cache(source, name)
         if not isinstance(cached, str):
             need(name in list_hub(source), f"{flag}: there is no {name} in {source} on the hub")
             cached = hf_hub_download(source, name)
         return Path(cached)
-    except (hub.HTTPError, OSError, hub.HFValidationError) as error:
-        raise BadInput(f"{flag}: can't get {source!r}: {hub_problem(error, source)}") from None
 
 
 DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
@@ -544,7 +551,9 @@ def make_camera(device, dtype, weights=None, *, arg):
     return reward
 
 
-def make_ask(device, dtype, weights=None, arg='Does the video show "{prompt}"? Answer yes or no.'):
+def make_ask(
+    device, dtype, weights=None, arg='Does the video show "{prompt}"? Answer yes or no.', quantize="none"
+):
     """Log odds of yes against no, of a vision-language model that is asked about 8 frames. arg: the question.
 
     VQAScore (Lin et al. 2024, arXiv 2404.01291) of a frozen critic, differentiated as in Diffusion-DRF (arXiv
@@ -556,6 +565,8 @@ def make_ask(device, dtype, weights=None, arg='Does the video show "{prompt}"? A
     processor = load(transformers.AutoProcessor, source, flag)
     need(hasattr(processor, "video_processor"), f"{flag}: {source} takes no videos")
     network = load(kind, source, flag, dtype=dtype, device=device)
+    if quantize != "none":
+        borrow("base", "--quantize")["quantize"](network, quantize, dtype)
     longest = getattr(network.config.get_text_config(), "max_position_embeddings", 1e9)
     resize = processor.video_processor.resize
     # as on the 8 bits a channel that processors expect: what overshoots when it is resized is cut
@@ -633,17 +644,19 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
     return terms
 
 
-def make_terms(spec: str, device, dtype, weights=None, prompts=(), vlm=None) -> dict:
+def make_terms(spec: str, device, dtype, weights=None, prompts=(), vlm=None, quantize="none") -> dict:
     """Load the rewards of a weighted sum: {"name" or "name:arg": (weight, reward)}.
 
     weights: a folder or several: a reward's are in the first with a sub-folder of its name, else published;
-    vlm: those of `ask`. Raises BadInput when one can't be loaded, or can't work with the prompts.
+    vlm, quantize: of `ask`. Raises BadInput when one can't be loaded, or can't work with the prompts.
     """
     terms, folders = {}, [weights] if isinstance(weights, str) else weights or []
     for weight, name, arg in parse(spec):
         own = next((str(Path(f) / name) for f in folders if f and (Path(f) / name).is_dir()), None)
         own = vlm if vlm and name == "ask" else own
-        reward = REWARDS[name](device, dtype, weights=own, **({"arg": arg} if arg else {}))
+        how = {"arg": arg} if arg else {}
+        how |= {"quantize": quantize} if name == "ask" else {}
+        reward = REWARDS[name](device, dtype, weights=own, **how)
         if hasattr(reward, "check"):
             reward.check(prompts)
         terms[name if arg is None else f"{name}:{arg}"] = (weight, reward)

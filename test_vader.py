@@ -447,14 +447,12 @@ def test_which_steps_train():
     sigma = torch.tensor([1.0, 0.9, 0.6, 0.58, 0.5, 0.3, 0.28, 0.2, 0.08, 0.0])
     schedule = vader.Schedule(sigma[:-1], [1.0] * 9, sigma.diff().tolist(), [1.0] * 9, [0.0] * 9)
 
-    def trained(kind, seed=0):
+    def trained(kind):
         cfg = Config(backprop_steps=3, num_inference_steps=9, grad_steps=kind)
-        return vader.trained_steps(vader.Run(cfg, None, schedule, {}, {}), vader.generator_for(seed))
+        return vader.trained_steps(vader.Run(cfg, None, schedule, {}, {}))
 
     assert trained("last") == [6, 7, 8] and trained("spread") == [0, 4, 8]
     assert trained("strongest") == [1, 4, 7]  # the steps of 0.3, 0.2 and 0.12
-    random = {tuple(trained("random", seed)) for seed in range(9)}
-    assert len(random) > 1 and all(len(set(steps)) == 3 for steps in random)
 
 
 CUTS = [(K, share, 1 if share else 5) for K in (1, 3, 4) for share in (1.0, 0.0)] + [(3, 0.5, 2)]

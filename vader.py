@@ -16,14 +16,12 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
 
 Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. What a
 flag asks for is in models/, and `borrow` reads it: more models, .jsonl prompts, --lora, --tracker, --mode.
-The loss is minus the reward; the paper's own loss form for each reward is left out.
 """
 
 import contextlib
 import difflib
 import functools
 import hashlib
-import importlib.util
 import inspect
 import io
 import json
@@ -89,12 +87,12 @@ def arg(default, help: str):
 class Config:
     """Everything that can be set. None is off, or the model's own default (its class's `presets`)."""
 
-    # what to do
     reward: str = arg("aesthetic", 'a reward of rewards.py or a weighted sum, "aesthetic + 0.5*colorful"')
     prompts: str = arg("prompts.txt", "a text file, one a line (not # lines), or .jsonl with an image each")
     model: str = arg("auto", "auto (modelscope on a CUDA GPU, else tiny), a short name, a hub id, a folder")
     mode: Literal["train", "sample", "eval"] = arg("train", "sample: make videos; eval: score base and tuned")
     lora: str | None = arg(None, "folder of a trained LoRA: to sample or score, or where train starts from")
+    base_lora: str | None = arg(None, "LoRA that is fused into the base: of few steps, of a style")
     out: str | None = arg(None, "output folder; default runs/<reward>-<model>, runs/<mode>-<reward>-<model>")
     resume: bool = arg(False, "go on with the run in --out, with the same settings (how long may change)")
     seed: int = arg(0, "the same seed gives bitwise the same run on a CPU (and as many threads)")
@@ -109,16 +107,14 @@ class Config:
     timestep_spacing: Literal["trailing", "leading", "linspace"] = arg("trailing", "leading hardly trains")
     # the gradient and the reward
     backprop_steps: int = arg(1, "K, denoising steps that get a gradient; costs time, not memory")
-    grad_steps: Literal["auto", "last", "spread", "random", "strongest"] = arg("auto", "auto is the model's")
+    grad_steps: Literal["auto", "last", "spread", "strongest"] = arg("auto", "auto is the model's")
     coupling: float = arg(1.0, "share of the gradient through a step's input; 1 is exact, K = 1 ignores it")
     detach_uncond: bool = arg(False, "no gradient through the unconditional branch, in half the time")
     decode_frames: int | None = arg(None, "frames scored per update; default what the reward wants")
     decode_chunk: int = arg(1, "frames decoded at once; costs memory")
     checkpointing: bool | None = arg(None, "recompute activations: less memory, more time; default on a GPU")
     offload: bool = arg(False, "what is idle waits in host memory: less memory, more time")
-    quantize: Literal["none", "int8", "nf4"] = arg(
-        "none", "the frozen weights of denoiser and `ask`: less memory"
-    )
+    quantize: Literal["none", "int8", "nf4"] = arg("none", "of the frozen denoiser and `ask`: less memory")
     reward_weights: str | None = arg(None, "folder with sub-folders of rewards, to load these from")
     vlm: str | None = arg(None, "folder or hub id of the vision-language model of the reward ask")
     # the optimiser and the LoRA
@@ -222,10 +218,11 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     found |= dict(lora_alpha=cfg.lora_rank or preset["lora_rank"], lora_targets="to_q,to_k,to_v,to_out.0")
     found["dtype"] = half if cuda else "fp32"
     found["out"] = f"runs/{label}" if cfg.mode == "train" else f"runs/{cfg.mode}-{label}"
-    given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto")}
-    skeleton = family.skeleton(source)  # raises when the checkpoint needs code that the family lacks
-    if cfg.lora:
-        found |= borrow("lora", "--lora")["check_lora"](cfg.lora, skeleton, given)
+    given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto", "none")}
+    family.skeleton(source)  # raises when the checkpoint needs code that the family lacks
+    more = [name for name in ("lora", "base_lora", "lora_targets", "quantize", "tracker") if name in given]
+    if more:
+        found |= borrow("flags", f"--{more[0]}")["check_flags"](cfg, family, source, device, given)
     found |= given | {"model": model, "device": device, "reward": name}
     cfg = replace(cfg, **{name: found[name] for name in vars(cfg).keys() & found.keys()})
 
@@ -239,14 +236,8 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     need(cfg.dtype != "fp16" or cuda, f"--dtype fp16 is for GPUs: on {device}, leave the flag out")
     unguided = cfg.guidance_scale == 1 or family.images == "must"
     need(not (unguided and cfg.negative_prompt), "--negative_prompt: there is no guidance by text here")
-    if "lora_targets" in given and not cfg.lora:
-        borrow("lora", "--lora_targets")["check_targets"](cfg.lora_targets, skeleton)
     there = [name for name in rewards.REWARDS if Path(cfg.reward_weights or "", name).is_dir()]
     need(there or not cfg.reward_weights, f"--reward_weights {cfg.reward_weights}: no reward's folder there")
-    if cfg.quantize != "none":
-        borrow("quantize", "--quantize")["check_library"](cfg.quantize, device)
-    ready = cfg.tracker == "none" or importlib.util.find_spec(cfg.tracker)
-    need(ready, f"--tracker {cfg.tracker} is not installed: pip install {cfg.tracker}")
     with reading(f"{source}: the scheduler's config is damaged"):
         config = read_config(source, "scheduler/scheduler_config.json")
         need("_class_name" in config, f"{source}: scheduler_config.json names no scheduler")
@@ -342,9 +333,9 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
     For DDIM on noise (Song et al. 2021, eq. 12 and 16), A = alphas_cumprod of a step, A' of the next: c = 1,
     a = sqrt(A' / A), b = sqrt(1 - A' - s^2) - sqrt(A' (1 - A) / A). Raises BadInput where it is not linear.
     """
-    for name, value in vars(scheduler).items():
-        if isinstance(value, torch.Tensor) and name != "timesteps":
-            setattr(scheduler, name, value.double())  # its own float32 would round each step
+    tensors = {name: value for name, value in vars(scheduler).items() if isinstance(value, torch.Tensor)}
+    for name in tensors.keys() - {"timesteps"}:
+        setattr(scheduler, name, tensors[name].double())  # its own float32 would round each step
     # four columns: x alone, f alone, noise alone, x or f in turn and large: clips and memory of steps show
     x, f, noise = torch.eye(3, 4, dtype=torch.float64)[:, None, :, None, None]
     noisy, rows = dict(eta=eta, variance_noise=noise) if eta else {}, []
@@ -395,7 +386,7 @@ class TextToVideoUNet:
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
-        self.denoiser = self.vae = None
+        self.denoiser = self.vae = self.base_lora = None
 
     @classmethod
     def skeleton(cls, source) -> torch.nn.Module:
@@ -543,11 +534,9 @@ def pick_latent_frames(run: Run, generator) -> list[int]:
     return sorted(torch.randperm((frames - 1) // group + 1, generator=generator)[:n].tolist())
 
 
-def trained_steps(run: Run, generator) -> list[int]:
-    """Which K of the T sampling steps train: last (DRaFT-K), spread (DRTune), random, of most leverage."""
+def trained_steps(run: Run) -> list[int]:
+    """Which K of the T sampling steps train: last (DRaFT-K), spread (DRTune), of most leverage."""
     K, T, kind = run.cfg.backprop_steps, len(run.schedule.t), run.cfg.grad_steps
-    if kind == "random":
-        return sorted(torch.randperm(T, generator=generator)[:K].tolist())
     if kind == "strongest":
         return sorted(sorted(range(T), key=run.schedule.leverage)[-K:])
     return evenly_spaced(K, T) if kind == "spread" and K > 1 else list(range(T - K, T))
@@ -639,6 +628,8 @@ def save_lora(model, folder: Path):
     base = Path(model.source).name if Path(model.source).exists() else model.source
     model.denoiser.get_base_model().register_to_config(_name_or_path=base)
     config.base_model_name_or_path = base
+    more = f", after the LoRA {model.base_lora} was fused into it: load both" * bool(model.base_lora)
+    write_whole(staging / "README.md", f"A LoRA trained by reward gradients (VADER) on {base}{more}.\n")
     model.denoiser.save_pretrained(staging, save_embedding_layers=False)
     if model.lora_pipeline:
         borrow("lora", "the LoRA's other format")["save_stock"](model, staging)
@@ -673,7 +664,6 @@ def append_metrics(out: Path, row: dict, track=None):
 
 def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | None]:
     """What must stay the same when a run goes on, and the checkpoint in --out or None. Raises BadInput."""
-    # what must stay: the settings but these, the prompts in use, the number of processes
     free = {"out", "resume", "steps", "eval_every", "tracker", "device", "prompts", "eval_prompts"}
     now = {name: value for name, value in vars(cfg).items() if name not in free}
     used = [(text, image and Path(image).is_file() and Path(image).read_bytes()) for text, image in prompts]
@@ -690,7 +680,9 @@ def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | No
     then, anew = rewards.read_json(out / "config.json"), f"go on with --lora {out}/lora and another --out"
     for name, value in now.items():
         old = then.get(name)
-        place = name in ("model", "lora", "reward_weights", "vlm") and isinstance(old, str) and value
+        place = (
+            name in ("model", "lora", "base_lora", "reward_weights", "vlm") and isinstance(old, str) and value
+        )
         same = old == value or place and Path(old).exists() and Path(old).resolve() == Path(value).resolve()
         said = {"prompts used": "with other prompts", "processes": f"with {old} processes"}.get(name)
         said = said or (f"without --{name}" if old is None else f"with --{name} {old}")
@@ -750,7 +742,8 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
     terms, texts = {cfg.reward: (1.0, reward)} if reward else {}, [prompt.text for prompt in prompts]
     dtype, toy = DTYPES[cfg.dtype], find_model(cfg.model)[2].get("rewards")
     if cfg.mode != "sample" and not reward:
-        terms = rewards.make_terms(cfg.reward, cfg.device, dtype, [cfg.reward_weights, toy], texts, cfg.vlm)
+        how = ([cfg.reward_weights, toy], texts, cfg.vlm, cfg.quantize)
+        terms = rewards.make_terms(cfg.reward, cfg.device, dtype, *how)
     model = family(source, cfg.device, dtype)
     run = Run(cfg, model, model.schedule(cfg), terms, {})
     # a reward that can't score, or has no gradient, shows on noise, before anything large loads
@@ -764,8 +757,8 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
     with reading(f"{source}: its tokenizer, text encoder and pipeline do not fit together"):
         run.conds = model.encode([*dict.fromkeys(prompts), Prompt(cfg.negative_prompt)], cfg)
     model.load()
-    if cfg.quantize != "none":
-        borrow("quantize", "--quantize")["quantize"](model.denoiser, cfg.quantize, dtype)
+    if cfg.base_lora or cfg.quantize != "none":
+        borrow("base", "--base_lora, --quantize")["prepare"](model, cfg)
     if cfg.lora or cfg.mode == "train":
         add_lora(model, cfg)
     if cfg.checkpointing:
@@ -853,7 +846,7 @@ def micro_batch(run: Run, prompts: list[Prompt], step: int, number: int, scale=1
     """Rollout, score, walk back: adds to the LoRA's gradients -> the rewards' figures, {name: (B,)}."""
     cfg, model, generator = run.cfg, run.model, generator_for(run.cfg.seed, step, number)
     noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=generator).to(model.device)
-    picks, trained = pick_latent_frames(run, generator), trained_steps(run, generator)
+    picks, trained = pick_latent_frames(run, generator), trained_steps(run)
     batch = make_batch(run, prompts, noise, generator, picks, trained, scale)
     bring(run, denoiser=True, scoring=not cfg.offload)
     latents = rollout(run, batch)
@@ -924,7 +917,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
             rows = [to_json(row) + "\n" for row in read_metrics(out) if state and row["step"] <= step]
             write_whole(out / "metrics.jsonl", "".join(rows))
             track = None if cfg.tracker == "none" else borrow("tracker", "--tracker")["make_tracker"](cfg)
-            leverage = {i: round(run.schedule.leverage(i), 3) for i in trained_steps(run, generator_for(0))}
+            leverage = {i: round(run.schedule.leverage(i), 3) for i in trained_steps(run)}
             print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
         evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
         while True:
@@ -949,9 +942,9 @@ def train(cfg: Config, reward=None) -> list[dict]:
                     in_a_row, skipped = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
                     if in_a_row == 10:
                         what = "gradients" if math.isfinite(row["reward"]) else f"rewards ({cfg.reward})"
-                        where = f"at update {step + 1}, prompts {row['prompts']}, seed {cfg.seed}"
+                        what += f" in a row not finite, at update {step + 1}, prompts {row['prompts']}"
                         way = f"mend the reward, or lower --lr, with --lora {out}/lora and another --out"
-                        raise FloatingPointError(f"ten {what} in a row not finite, {where}: {way}")
+                        raise FloatingPointError(f"ten {what}, seed {cfg.seed}: {way}")
                     if rank == 0:
                         append_metrics(out, row | {"skipped": skipped}, track)
                         save_lora(model, out / "lora")
@@ -996,11 +989,10 @@ def main(argv: list[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory, none for a CPU's
         if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
             raise
-        print("vader.py: stopped: out of memory: --offload, or a smaller --height, --width", file=sys.stderr)
+        problem = "out of memory: --offload, or a smaller --height, --width"
     except (FloatingPointError, KeyboardInterrupt) as error:  # this where another script has called it
-        print(
-            f"vader.py: stopped: {str(error) or 'train(replace(cfg, resume=True)) goes on'}", file=sys.stderr
-        )
+        problem = str(error) or "train(replace(cfg, resume=True)) goes on"
+    print(f"vader.py: stopped: {problem}", file=sys.stderr)
     return 1
 
 

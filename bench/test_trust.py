@@ -113,6 +113,19 @@ def test_of_a_hub_model_only_what_is_needed_is_downloaded_once(mocked_hub, tmp_p
     assert mocked_hub == []  # what is in the cache needs no hub
 
 
+def test_a_base_lora_may_be_on_the_hub(mocked_hub, tmp_path, settings):
+    run = load(settings)
+    vader.save_lora(run.model, tmp_path / "repo")
+    found = {}
+    for source in (str(tmp_path / "repo"), "some/model", "some/model/adapter_model.safetensors"):
+        found[source] = load(replace(settings, base_lora=source, mode="sample")).model.denoiser.state_dict()
+    local, *others = found.values()
+    assert all(torch.equal(w, other[name]) for other in others for name, w in local.items())
+    assert {"adapter_config.json", "adapter_model.safetensors", "the list"} <= {*mocked_hub}
+    with pytest.raises(BadInput, match="--base_lora: there is no nosuch.safetensors in some/model"):
+        vader.resolve(replace(settings, base_lora="some/model/nosuch.safetensors"))
+
+
 def test_a_folder_that_holds_fp16_files_only_loads(tmp_path, settings, small):
     shutil.copytree(small, tmp_path / "model")
     for file in [*(tmp_path / "model").rglob("*.safetensors")]:
@@ -284,14 +297,16 @@ def test_saved_files_are_readable_and_name_no_path(loaded, tmp_path):
     texts = [file.read_text() for file in files if file.suffix in (".md", ".json")]
     assert not any(str(Path(loaded.model.source).parent) in text for text in texts)
     model = loaded.model
-    hub_model = types.SimpleNamespace(denoiser=model.denoiser, lora_pipeline=None, source="some/model")
+    hub_model = types.SimpleNamespace(
+        denoiser=model.denoiser, lora_pipeline=None, base_lora=None, source="some/model"
+    )
     vader.save_lora(hub_model, tmp_path / "lora")
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert "some/model" in (tmp_path / "lora" / "README.md").read_text()
 
 
 def test_an_update_with_fp16_s_scale_is_the_same_update(settings):
-    """The loss is scaled, from the first update on, and the gradient scaled back: here with a CPU's scaler."""
+    """The loss is scaled, from the first update on, the gradient scaled back (a CPU's scaler)."""
     made = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)):
         run = load(settings)

@@ -1,0 +1,113 @@
+"""The frozen base, before a LoRA is trained on it: --base_lora is fused in, --quantize makes it small."""
+
+import os
+import re
+import warnings
+from pathlib import Path
+
+import diffusers
+import peft
+import torch
+from safetensors.torch import load_file
+
+from rewards import asking_hub, fetch, list_hub, need, read_json, reading
+
+
+def prepare(model, cfg):
+    """Fuse --base_lora into the model's denoiser, then quantise it."""
+    if cfg.base_lora:
+        config, state = read_base(cfg.base_lora, type(model), type(model).skeleton(model.source))
+        fused = peft.get_peft_model(model.denoiser, config)
+        peft.set_peft_model_state_dict(fused, state)
+        model.denoiser = fused.merge_and_unload().eval().requires_grad_(False)
+        model.base_lora = Path(cfg.base_lora).name if Path(cfg.base_lora).exists() else cfg.base_lora
+    if cfg.quantize != "none":
+        quantize(model.denoiser, cfg.quantize, model.dtype)
+
+
+def find_lora(source: str) -> Path:
+    """The file of a LoRA: itself, in a folder, or on the hub (owner/name, or owner/name/file)."""
+    if Path(source).is_file():
+        return Path(source)
+    repo, name, flag = source, "", "--base_lora"
+    if Path(source).is_dir():
+        names = os.listdir(source)
+    else:
+        need("/" in source, f"--base_lora {source}: no such file or folder")
+        repo = "/".join(source.split("/")[:2])
+        name = source.removeprefix(repo).strip("/")
+        with asking_hub(repo, flag):
+            names = list_hub(repo)
+    files = [file for file in names if file.endswith(".safetensors")]
+    known = [
+        file for file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors") if file in files
+    ]
+    found = [name] if name else known[:1] or files
+    need(found, f"--base_lora {source}: there is no .safetensors file")
+    need(len(found) == 1, f"--base_lora {source} has several files: give one, as {source}/{found[0]}")
+    config = str(Path(found[0]).with_name("adapter_config.json"))
+    if config in names:
+        fetch(repo, config, flag)  # beside the other, in the cache
+    return fetch(repo, found[0], flag)
+
+
+def read_base(source: str, family, skeleton) -> tuple[peft.LoraConfig, dict]:
+    """A LoRA in PEFT's or diffusers' format, or in one that diffusers converts: its config and matrices.
+
+    family: a model's class; skeleton: its denoiser without weights. Raises BadInput for a LoRA of another
+    model, with missing or odd keys, or that is not finite.
+    """
+    file, where = find_lora(source), f"--base_lora {source}"
+    with reading(f"{where} is damaged, or no LoRA"):
+        state, alphas, settings = load_file(file), {}, {}
+    with reading(f"{where} is in a format that there is no code for"):
+        if family.lora_pipeline and not any(key.startswith("base_model.model.") for key in state):
+            found = family.lora_pipeline.lora_state_dict(state)
+            state, alphas = found if isinstance(found, tuple) else (found, {})
+            if family.folder == "unet":
+                state = diffusers.utils.convert_unet_state_dict_to_peft(state)
+    own = re.compile(rf"^(base_model\.model\.|{family.folder}\.)")
+    state = {own.sub("", key): value for key, value in state.items()}
+    ranks = {key.removesuffix(".lora_A.weight"): len(w) for key, w in state.items() if ".lora_A." in key}
+    need(ranks, f"{where}: there is no LoRA in it")
+    if (file.parent / "adapter_config.json").is_file():
+        settings = read_json(file.parent / "adapter_config.json")
+    usual = settings.get("lora_alpha")
+    scales = {own.sub("", key).removesuffix(".alpha"): float(alpha) for key, alpha in (alphas or {}).items()}
+    scales = {name: scales.get(name, usual or rank) for name, rank in ranks.items()}
+    config = peft.LoraConfig(target_modules=[*ranks], rank_pattern=ranks, alpha_pattern=scales)
+    for name in ("use_rslora", "use_dora"):
+        setattr(config, name, bool(settings.get(name)))
+    with reading(f"{where} was made for another model"):
+        fits = peft.get_peft_model_state_dict(peft.get_peft_model(skeleton, config))
+    fits = {key.removeprefix("base_model.model."): w.shape for key, w in fits.items()}
+    good = {key for key, w in state.items() if w.shape == fits.get(key) and w.isfinite().all()}
+    odd = (fits.keys() | state.keys()) - good
+    need(not odd, f"{where} was made for another model, or is damaged: {min(odd, default='')}")
+    return config, {f"base_model.model.{key}": value for key, value in state.items()}
+
+
+def quantize(network: torch.nn.Module, kind: str, dtype: torch.dtype):
+    """Quantise a network's linear layers in place, as diffusers' and transformers' own quantisers do.
+
+    int8: torchao, a scale for each output, weights only. nf4: bitsandbytes (Dettmers et al. 2023, arXiv
+    2305.14314), once the weights are on a GPU; never run on one. Both compute in dtype.
+    """
+
+    def wanted(layer, name):
+        return isinstance(layer, torch.nn.Linear) and not name.endswith("lm_head")  # it may be tied
+
+    if kind == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # it could not be merged
+        quantize_(network, Int8WeightOnlyConfig(), filter_fn=wanted)
+        return
+    import bitsandbytes as bnb
+
+    for name, layer in [(name, part) for name, part in network.named_modules() if wanted(part, name)]:
+        how = dict(bias=layer.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta")
+        made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, **how)
+        made.weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+        made.bias = layer.bias
+        network.set_submodule(name, made.to(layer.weight.device))

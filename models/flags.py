@@ -1,0 +1,29 @@
+"""Flags that ask for more than vader.py holds, checked before anything loads."""
+
+import importlib.util
+
+from rewards import borrow, need
+
+LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}
+
+
+def check_flags(cfg, family, source: str, device: str, given: dict) -> dict:
+    """Rank, alpha and targets that --lora has, as settings. given: the user's.
+
+    Raises BadInput unless --lora and --base_lora fit the denoiser, --lora_targets are linear layers of it,
+    and what --quantize and --tracker need is installed.
+    """
+    found, lora = {}, borrow("lora", "--lora")
+    if cfg.base_lora:
+        borrow("base", "--base_lora")["read_base"](cfg.base_lora, family, family.skeleton(source))
+    if cfg.lora:
+        found = lora["check_lora"](cfg.lora, family.skeleton(source), given)
+    elif cfg.lora_targets:
+        lora["check_targets"](cfg.lora_targets, family.skeleton(source))
+    for flag in ("quantize", "tracker"):
+        kind = getattr(cfg, flag)
+        library = LIBRARIES.get(kind, kind)
+        ready = kind == "none" or importlib.util.find_spec(library)
+        need(ready, f"--{flag} {kind} is not installed: pip install {library}")
+    need(cfg.quantize != "nf4" or device.startswith("cuda"), "--quantize nf4 is for CUDA GPUs: take int8")
+    return found

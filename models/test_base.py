@@ -1,0 +1,202 @@
+"""Tests of what is done to the frozen base: --base_lora, against stock's own fusing, and --quantize."""
+
+import json
+import shutil
+import sys
+import types
+from dataclasses import replace
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import vader
+from conftest import PROMPTS, load
+from vader import BadInput, borrow
+
+TARGETS = {"small": "to_q,to_v,conv1", "wan": "to_q,to_v,net.0.proj", "animatediff": "to_q,to_v,proj_in"}
+
+
+@pytest.fixture(params=["small", "wan", "animatediff"])
+def family(request):
+    return request.param
+
+
+@pytest.fixture
+def cfg(family, settings, small, checkpoints):
+    if family == "small":
+        return settings
+    return replace(
+        settings, model=str(checkpoints(family)), num_frames=5, height=32, width=32, reward="colorful"
+    )
+
+
+def save_base(cfg, folder, names):
+    """A random LoRA of rank 3 and alpha 5 on these layers, as PEFT saves it -> the fused weights, by name."""
+    run = load(replace(cfg, mode="sample"), randomise=False)
+    net = run.model.denoiser
+    ends = tuple(f".{end}" for end in names.split(","))
+    layers = [n for n, part in net.named_modules() if n.endswith(ends) and hasattr(part, "weight")]
+    net = peft.get_peft_model(net, peft.LoraConfig(r=3, lora_alpha=5, target_modules=layers))
+    for p in net.parameters():
+        if p.requires_grad:
+            p.data.normal_(std=0.2)
+    net.save_pretrained(folder)
+    return {name: w.clone() for name, w in net.merge_and_unload().state_dict().items()}
+
+
+def test_a_base_lora_is_fused_and_ours_alone_is_saved(cfg, family, tmp_path):
+    fused = save_base(cfg, tmp_path / "base", TARGETS[family])
+    run = load(cfg := replace(cfg, base_lora=str(tmp_path / "base")), randomise=False)
+    weights = {
+        name.replace(".base_layer", ""): w
+        for name, w in run.model.denoiser.get_base_model().state_dict().items()
+    }
+    assert all(weights[name].allclose(w, atol=1e-6) for name, w in fused.items())
+    before = load(replace(cfg, base_lora=None), randomise=False).model.denoiser.get_base_model().state_dict()
+    assert not all(
+        torch.equal(w, before[name]) for name, w in run.model.denoiser.get_base_model().state_dict().items()
+    )
+    vader.micro_batch(run, PROMPTS, 0, 0)
+    vader.save_lora(run.model, tmp_path / "ours")
+    ours = load_file(tmp_path / "ours" / "adapter_model.safetensors")
+    assert len(ours) == len(vader.lora_parameters(run.model))
+    assert "base was fused into it: load both" in (tmp_path / "ours" / "README.md").read_text()
+    # sample mode puts ours on the same base
+    again = load(replace(cfg, mode="sample", lora=str(tmp_path / "ours"), lora_rank=None), randomise=False)
+    x, cond = (
+        torch.randn(1, *run.model.latent_shape(cfg)),
+        vader.make_batch(run, PROMPTS[:1], None, None).cond,
+    )
+    with torch.no_grad():
+        frames = [one.model.denoise(x, torch.tensor(500), cond) for one in (run, again)]
+    assert frames[0].allclose(frames[1], atol=1e-5)
+
+
+def test_a_base_lora_in_diffusers_format_is_the_same(cfg, family, tmp_path):
+    """A file that stock's load_lora_weights reads; fusing is compared with PEFT's of the same matrices."""
+    fused = save_base(cfg, tmp_path / "base", TARGETS[family])
+    state = load_file(tmp_path / "base" / "adapter_model.safetensors")
+    state = {key.replace("base_model.model.", ""): w for key, w in state.items()}
+    # without its config alpha is the rank, so it is put into the matrices
+    state = {key: w * 5 / 3 if "lora_B" in key else w for key, w in state.items()}
+    folder = {"small": "unet", "wan": "transformer", "animatediff": "unet"}[family]
+    state = {f"{folder}.{key}": w for key, w in state.items()}
+    save_file(state, file := tmp_path / "pytorch_lora_weights.safetensors")
+    for source in (file, tmp_path):
+        run = load(replace(cfg, base_lora=str(source), mode="sample"), randomise=False)
+        weights = run.model.denoiser.state_dict()
+        assert all(weights[name].allclose(w, atol=1e-5) for name, w in fused.items())
+
+
+def test_a_base_lora_that_does_not_fit_is_one_line(settings, checkpoints, tmp_path):
+    save_base(settings, tmp_path / "base", "to_q,to_v")
+    file = tmp_path / "base" / "adapter_model.safetensors"
+    good = load_file(file)
+
+    def refused(said, source=tmp_path / "base", **how):
+        with pytest.raises(BadInput, match=said) as problem:
+            vader.resolve(replace(settings, base_lora=str(source), **how))
+        assert "\n" not in str(problem.value) and "--base_lora" in str(problem.value)
+
+    for damaged in (
+        dict([*good.items()][1:]),
+        {key: w / 0 for key, w in good.items()},
+        {key: w[:, :1].clone() for key, w in good.items()},
+        good | {"nobody.lora_A.weight": torch.zeros(3, 3)},
+        good | {"base_model.model.nobody": torch.zeros(3)},
+    ):
+        save_file(damaged, file)
+        refused("made for another model")
+    save_file({}, file)
+    refused("there is no LoRA in it")
+    file.write_bytes(b"hello")
+    refused("is damaged, or no LoRA")
+    refused("no such file or folder", source="nosuch")
+    refused("no .safetensors file", source=vader.HERE / "models")
+    shutil.rmtree(tmp_path / "base")
+    save_base(settings, tmp_path / "base", "to_q,to_v")
+    wan = dict(model=str(checkpoints("wan")), num_frames=5, height=32, width=32)
+    refused("made for another model", **wan)
+    for name in "ab":
+        shutil.copy(file, tmp_path / f"{name}.safetensors")
+    refused("has several files: give one", source=tmp_path)
+
+
+def test_a_run_with_another_base_lora_is_not_gone_on_with(settings, tmp_path):
+    save_base(settings, tmp_path / "base", "to_q,to_v")
+    cfg = replace(settings, base_lora=str(tmp_path / "base"), steps=1, eval_videos=0)
+    vader.train(cfg)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["base_lora"] == cfg.base_lora
+    with pytest.raises(BadInput, match="was started with --base_lora"):
+        vader.train(replace(cfg, base_lora=None, resume=True, steps=2))
+    vader.train(replace(cfg, resume=True, steps=2))
+
+
+def test_int8_is_near_the_whole_base_and_smaller(settings, tmp_path):
+    cfg = replace(settings, steps=1, eval_videos=0)
+    plain, small = (load(replace(cfg, quantize=kind)) for kind in ("none", "int8"))
+    x, cond = (
+        torch.randn(1, *plain.model.latent_shape(cfg)),
+        vader.make_batch(plain, PROMPTS[:1], None, None).cond,
+    )
+    found = []
+    for run in (plain, small):
+        vader.micro_batch(run, PROMPTS, 0, 0)
+        gradient = torch.cat([p.grad.flatten() for p in vader.lora_parameters(run.model).values()])
+        with torch.no_grad():
+            found.append((run.model.denoise(x, torch.tensor(500), cond), gradient))
+        assert {p.dtype for p in vader.lora_parameters(run.model).values()} == {torch.float32}
+    (one, g), (other, h) = found
+    assert 0 < (one - other).norm() / one.norm() < 0.05
+    assert torch.cosine_similarity(g, h, dim=0) > 0.98
+    layer = next(part for name, part in small.model.denoiser.named_modules() if name.endswith("to_q"))
+    assert layer.base_layer.weight.qdata.dtype == torch.int8
+    vader.bring(small)  # to host memory and back
+    vader.train(replace(cfg, quantize="int8", offload=True))
+
+
+def test_int8_of_the_vision_language_model():
+    import rewards
+
+    video = torch.rand(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    how = dict(weights=f"{vader.TOY}/ask", arg="Is it red?")
+    plain, small = (rewards.make_ask("cpu", torch.float32, **how, quantize=q) for q in ("none", "int8"))
+    one, other = plain(video, ["", ""]), small(video, ["", ""])
+    assert torch.allclose(one, other, atol=0.3) and not torch.equal(one, other)
+    other.sum().backward()
+    assert video.grad.isfinite().all() and video.grad.norm() > 0
+
+
+def test_what_can_not_be_quantised_is_one_line(settings, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    sys.modules["bitsandbytes"].__spec__ = types.SimpleNamespace()
+    with pytest.raises(BadInput, match="--quantize nf4 is for CUDA GPUs"):
+        vader.resolve(replace(settings, quantize="nf4"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for kind, library in (("nf4", "bitsandbytes"), ("int8", "torchao")):
+        with pytest.raises(BadInput, match=f"--quantize {kind} is not installed: pip install {library}"):
+            vader.resolve(replace(settings, quantize=kind))
+
+
+def test_nf4_replaces_every_linear_layer_by_the_library_s(settings, monkeypatch):
+    """With a mock of bitsandbytes, which needs a GPU: what it is given, not what it does."""
+    made = types.ModuleType("bitsandbytes")
+
+    class Linear4bit(torch.nn.Linear):
+        def __init__(self, width, out, bias, compute_dtype, quant_type, device):
+            assert quant_type == "nf4" and compute_dtype == torch.float32
+            super().__init__(width, out, bias, device=device)
+
+    made.nn = types.SimpleNamespace(
+        Linear4bit=Linear4bit,
+        Params4bit=lambda data, requires_grad, quant_type: torch.nn.Parameter(data, requires_grad),
+    )
+    monkeypatch.setitem(sys.modules, "bitsandbytes", made)
+    run = load(replace(settings, mode="sample"), randomise=False)
+    before = {name: w.clone() for name, w in run.model.denoiser.state_dict().items()}
+    borrow("base", "--quantize")["quantize"](run.model.denoiser, "nf4", torch.float32)
+    kinds = {type(part) for part in run.model.denoiser.modules() if isinstance(part, torch.nn.Linear)}
+    assert kinds == {Linear4bit}
+    assert all(torch.equal(w, before[name]) for name, w in run.model.denoiser.state_dict().items())
