@@ -120,6 +120,7 @@ class Config:
     # the optimiser and the LoRA
     steps: int | None = arg(None, "updates")
     lr: float | None = arg(None, "learning rate of AdamW, constant")
+    weight_decay: float = arg(0.01, "of AdamW")
     batch_size: int | None = arg(None, "videos made at once; costs memory")
     grad_accum: int | None = arg(None, "batches per update; costs time")
     max_grad_norm: float = arg(1.0, "longer gradients are shortened to this")
@@ -708,9 +709,7 @@ def restore_checkpoint(run: Run, optimizer, scaler, state: dict) -> tuple[int, i
     with reading(f"{run.cfg.out}/checkpoint/state.pt is damaged: give another --out"):
         same = state["lora"].keys() == lora_parameters(run.model).keys()
         same = same and all(w.isfinite().all() for w in state["lora"].values())
-        need(
-            same, f"{run.cfg.out}/checkpoint/state.pt has another LoRA, or a damaged one: give another --out"
-        )
+        need(same, f"{run.cfg.out}/checkpoint/state.pt holds no such LoRA, whole: give another --out")
         run.model.denoiser.load_state_dict(state["lora"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
@@ -859,7 +858,8 @@ def micro_batch(run: Run, prompts: list[Prompt], step: int, number: int, scale=1
 
 # SWAP: your optimiser.
 def make_optimizer(run: Run):
-    return torch.optim.AdamW(lora_parameters(run.model).values(), lr=run.cfg.lr, weight_decay=0.01)
+    cfg, parameters = run.cfg, lora_parameters(run.model).values()
+    return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
 
 def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None) -> dict:

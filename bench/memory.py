@@ -7,7 +7,7 @@
 Takes the flags of vader.py; no weights, no GPU, and no network for what is in configs/. A whole update runs
 on networks without content: counted is what the allocator is asked for, not its rounding, nor CUDA's own, and
 the floating-point operations of matrix products, convolutions and attention, two for a multiply-add.
-memory.csv: gigabytes by phase, at the models' own sizes. --measure makes the same updates with weights as
+memory.csv: gigabytes by phase, at the models' default sizes. --measure makes the same updates with weights as
 PyTorch initialises them, and two sampling steps; the seconds of the others are added.
 """
 
@@ -196,10 +196,11 @@ def write_table(measured: bool):
         frames = 16 if reward == "vjepa" and model != "svd" else None
         cfg = vader.Config(model=model, reward=reward, offload=offload, decode_frames=frames)
         if key not in rows:
-            found = predict(cfg)
+            found = predict(cfg, operations := {})
             found["peak"] = max(found.values())
             rows[key] = dict(zip(("model", "reward", "offload"), key, strict=True))
             rows[key] |= {name: f"{size:.2f}" for name, size in found.items()}
+            rows[key]["TFLOP an update"] = f"{sum(operations.values()):.0f}"
             rows[key] |= dict.fromkeys(["measured peak", "seconds per update"], "not measured yet")
         if measured:
             made = measure(cfg)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import VJEPA2Model
 
 import rewards
@@ -102,6 +103,13 @@ def test_the_models_of_the_readme_have_their_predicted_peaks():
         said = [f"{float(peaks[model, 'hps', offload]):.1f}" for offload in ("no", "yes")]
         assert [model, *said] in [[line[0], *line[-2:]] for line in cells]
         assert peaks.keys() > {(model, reward, "no") for reward in ("aesthetic", "vjepa")}
+
+
+def test_the_table_of_the_gpu_is_the_measured_one():
+    cells = cells_of(HERE / "README.md")
+    assert all([*row.values()] in cells for row in table("gpu"))
+    rows = [row for row in table("gpu") if row["allocated"]]
+    assert all(abs(float(row["allocated"]) / float(row["predicted"]) - 1) < 0.05 for row in rows)
 
 
 # ---- Memory ------------------------------------------------------------------------------------------------
@@ -204,6 +212,36 @@ def test_plan_takes_a_reward_and_a_model_that_were_just_added(checkpoints, monke
     expected = 2 * sum(p.numel() for p in encoder.parameters())
     assert 1e9 * (own["all weights"] - plain["all weights"]) == pytest.approx(expected, rel=0.01)
     assert own["score"] > plain["score"]
+
+
+def test_operations_are_those_of_a_real_update(settings):
+    """Against PyTorch's own counter over an update that computes, on the small model."""
+    cfg = dataclasses.replace(settings, checkpointing=True, backprop_steps=2, grad_accum=3)
+    memory.predict(dataclasses.replace(cfg, dtype="fp32"), counted := {})
+    run, found = load(cfg), {}
+    parts = {"rollout": "sampling", "score": "score", "walk_back": "walk back"}
+
+    def counting(name):
+        function = getattr(vader, name)
+
+        def run(*args):
+            with FlopCounterMode(display=False) as counter:
+                result = function(*args)
+            found[parts[name]] = 3 * counter.get_total_flops() / 1e12
+            return result
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in parts:
+            patch.setattr(vader, name, counting(name))
+        vader.micro_batch(run, PROMPTS, 0, 0)
+    assert counted == pytest.approx(found, rel=0.01) and counted["sampling"] > counted["score"]
+
+
+def test_hours_are_operations_over_a_card_s_pace(settings):
+    operations, cfg = {"sampling": 900.0, "walk back": 100.0}, dataclasses.replace(settings, steps=36)
+    assert memory.hours(operations, cfg)["A100"] == pytest.approx(1000 * 36 / (312 * 0.4) / 3600)
 
 
 def peak_of_an_update(cfg):

@@ -11,8 +11,9 @@ from vader import PUBLISHED, TextToVideoUNet, read_config, straight_through_clam
 
 
 class CogVideoX(TextToVideoUNet):
-    cogvideox = dict(source="zai-org/CogVideoX-2b", num_frames=49, height=480, width=720)
-    cogvideox |= PUBLISHED | dict(num_inference_steps=30, guidance_scale=6.0, lr=1e-4)
+    cogvideox = dict(source="zai-org/CogVideoX-2b", num_frames=17, height=480, width=720)
+    cogvideox |= PUBLISHED | dict(num_inference_steps=20, guidance_scale=6.0, lr=1e-4)
+    cogvideox |= dict(steps=100, eval_every=25, grad_accum=2)  # hours on a small card, not days
     presets = {"cogvideox": cogvideox}
 
     text_pipeline = lora_pipeline = diffusers.CogVideoXPipeline

@@ -11,8 +11,9 @@ from vader import HERE, PUBLISHED, TINY, TextToVideoUNet, read_config, straight_
 
 
 class Wan(TextToVideoUNet):
-    wan = dict(source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", num_frames=81, height=480, width=832)
-    wan |= PUBLISHED | dict(num_inference_steps=30, guidance_scale=5.0, lr=1e-4)
+    wan = dict(source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", num_frames=33, height=320, width=576)
+    wan |= PUBLISHED | dict(num_inference_steps=20, guidance_scale=5.0, lr=1e-4)
+    wan |= dict(steps=100, eval_every=25, grad_accum=2)  # hours on a small card, not days
     tiny = TINY | dict(source=str(HERE / "tiny" / "wan"), num_frames=9, guidance_scale=3.0)
     presets = {"wan": wan, "tiny-wan": tiny}
 
