@@ -871,7 +871,7 @@ def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None) -
         cuda.reset_peak_memory_stats()  # or the peak is that of encoding the prompts
     parameters = list(lora_parameters(run.model).values())
     optimizer.zero_grad()
-    scale = scaler.scale(torch.ones((), device=run.model.device)).item() / cfg.grad_accum
+    scale = scaler.scale(torch.ones((), device=parameters[0].device)).item() / cfg.grad_accum
     for m in range(cfg.grad_accum):
         number = (step * cfg.grad_accum + m) * world + rank
         chosen = batch_prompts(prompts, cfg, number)

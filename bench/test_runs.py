@@ -386,7 +386,7 @@ def test_trackers_get_numbers_and_videos(name, settings, monkeypatch):
     assert steps[1]["grad_norm"] == rows[1]["grad_norm"] and "eval/000" in steps[0] and "eval/000" in steps[1]
     assert steps[0]["eval/reward"] == pytest.approx(rows[0]["eval"]["reward"][0])
     with pytest.raises(BadInput, match="not installed: pip install wandb"):
-        monkeypatch.setattr(vader.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         vader.resolve(replace(settings, tracker="wandb"))
 
 
