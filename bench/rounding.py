@@ -1,9 +1,11 @@
-"""What two shortcuts cost: bf16 in Wan's VAE, and SVD's VAE with gradient piece by piece.
+"""What shortcuts cost: bf16 in Wan's VAE, SVD's VAE with gradient piece by piece, an int8 base.
 
-    python bench/rounding.py        # seeds 0, 1, 2; about a minute
+    python bench/rounding.py        # seeds 0, 1, 2; about two minutes; int8 needs torchao
 
 Wan: full width, random weights, 9 frames of 96 x 160, against float32. SVD: on tiny-i2v, the gradient of
 `vjepa` at the clean latents with --decode_chunk 1, 2, 4 against that of all 8 frames decoded together.
+Int8: the LoRA's gradient of `aesthetic` on tiny, in bf16, with `--quantize int8` against without; and of a
+block of Wan's transformer, full width, random weights, a random sum of its output.
 """
 
 import dataclasses
@@ -52,9 +54,50 @@ def svd(seed: int) -> dict[int, float]:
     return {c: torch.nn.functional.cosine_similarity(g, slopes[8], dim=0).item() for c, g in slopes.items()}
 
 
+def compare(found) -> tuple[float, float]:
+    """Of two lists of tensors the relative difference, and the cosine."""
+    one, other = (torch.cat([tensor.float().flatten() for tensor in tensors]) for tensors in found)
+    cosine = torch.nn.functional.cosine_similarity(one, other, dim=0).item()
+    return ((one - other).norm() / one.norm()).item(), cosine
+
+
+def int8_tiny(seed: int) -> tuple[float, float]:
+    """Relative difference and cosine of an update's gradient, two videos."""
+    found = []
+    for kind in ("none", "int8"):
+        cfg = vader.Config(model="tiny", dtype="bf16", seed=seed, quantize=kind)
+        cfg, source, family = vader.resolve(cfg)
+        prompts = vader.read_prompts(str(HERE.parent / "prompts.txt"))
+        run = vader.load_run(cfg, source, family, prompts)
+        vader.micro_batch(run, prompts[:2], 0, 0)
+        found.append([p.grad for p in vader.lora_parameters(run.model).values()])
+    return compare(found)
+
+
+def int8_block(seed: int) -> list[tuple[float, float]]:
+    """Relative difference and cosine of a Wan block's output, and of its gradient at its input."""
+    torch.manual_seed(seed)
+    family, _, _ = vader.find_model("wan")
+    config = family.denoiser_class.load_config(HERE.parent / "configs" / "wan" / "transformer")
+    network = family.denoiser_class.from_config(config | {"num_layers": 1}).to(torch.bfloat16)
+    latents, outputs, slopes = torch.randn(1, config["in_channels"], 3, 12, 20).bfloat16(), [], []
+    given = torch.tensor([500]), torch.randn(1, 32, config["text_dim"]).bfloat16()
+    direction = torch.randn(latents.shape)
+    for kind in ("none", "int8"):
+        if kind == "int8":
+            vader.borrow("base", "--quantize")["quantize"](network, kind, torch.bfloat16)
+        x = latents.clone().requires_grad_()
+        outputs.append([network(x, *given, return_dict=False)[0]])
+        slopes.append(torch.autograd.grad((outputs[-1][0] * direction).sum(), x))
+    return [compare(outputs), compare(slopes)]
+
+
 if __name__ == "__main__":
     for seed in range(3):
         difference, cosine = wan(seed)
         print(f"wan, seed {seed}: {255 * difference:.2f} of 255 levels, cosine of gradients {cosine:.5f}")
     for seed in range(3):
         print(f"svd, seed {seed}:", {chunk: round(cosine, 3) for chunk, cosine in svd(seed).items()})
+    for seed in range(3):
+        print(f"int8, tiny, seed {seed}: gradient's relative difference and cosine", int8_tiny(seed))
+        print(f"int8, a block of Wan, seed {seed}: the output's, the gradient's", int8_block(seed))

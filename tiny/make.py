@@ -22,11 +22,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # rewards.py and vader.py are there
-from scores import measure, measure_i2v, measure_rewards, measure_wan
+from scores import measure, measure_few, measure_i2v, measure_rewards, measure_wan
 from train_action import train_action
 from train_ask import train_ask
 from train_clip import train_aesthetic, train_clip
 from train_detector import train_detector
+from train_few import train_few
 from train_i2v import save_i2v, train_i2v_unet, train_i2v_vae
 from train_preferences import train_clip_reward, train_preference
 from train_remove import train_remove
@@ -70,8 +71,10 @@ def main():
         train_wan_text(out, 400, seed)
         train_wan(out, 4800, 5000, seed)
         save_wan(out)
+        train_few(out, 1200, 700, 8, 32, seed)
         draw_images(out, 60, seed)
     measure(out, args.samples, seed)
+    measure_few(out, args.samples, seed)
     measure_rewards(out, seed)
     measure_i2v(out, args.samples // 2, seed)
     measure_wan(out, args.samples // 2, seed)

@@ -44,7 +44,7 @@ from transformers import YolosForObjectDetection
 from world import FRAMES, MOTIONS, OBJECTS, SIZE, UNSEEN, caption, draw, pick, save_picture
 
 import vader
-from rewards import IMAGENET_MEAN, IMAGENET_STD, make_ask, make_terms, preprocess
+from rewards import IMAGENET_MEAN, IMAGENET_STD, make_ask, make_terms, preprocess, weighted_rewards
 
 
 @torch.no_grad()
@@ -213,6 +213,31 @@ def measure_wan(out: Path, samples: int, seed: int):
     for name, clips in (("drawn", video), ("after the autoencoder", decoded), ("sampled", made)):
         right = right_answers(detector, clips[:, :FRAMES], combinations)
         print(f"tiny-wan, {samples} videos, {name}:", right)
+
+
+@torch.no_grad()
+def measure_few(out: Path, samples: int, seed: int):
+    """Print what four steps with the LoRA in `out`/few are worth beside ten guided ones, paired by noise."""
+    combinations, found, detector = [UNSEEN[i % len(UNSEEN)] for i in range(samples)], {}, load_detector(out)
+    prompts = [vader.Prompt(caption(c)) for c in combinations]
+    few = dict(num_inference_steps=4, guidance_scale=1.0)
+    ways = {"ten guided": {}, "four": few, "four, few": few | dict(base_lora=str(out / "few"))}
+    for name, how in ways.items():
+        cfg = vader.Config(model="tiny", reward="hps + clip", seed=seed, batch_size=8, mode="eval", **how)
+        cfg, _, family = vader.resolve(cfg)
+        run = vader.load_run(cfg, str(out / "t2v"), family, prompts)
+        values, videos, start = {}, [], time.time()
+        for first in trange(0, samples, 8, desc=name):
+            batch = prompts[first : first + 8]
+            videos.append(vader.make_videos(run, batch, first))
+            texts = [prompt.text for prompt in batch]
+            for term, value in weighted_rewards(run.terms, videos[-1], texts).items():
+                values.setdefault(term, []).extend(value.tolist())
+        print(f"{name} steps: {(time.time() - start) / samples:.2f} s a video", end=", ")
+        print(right_answers(detector, torch.cat(videos), combinations))
+        found[name] = values
+        for term in ("hps", "clip"):
+            print(f"  {term}: {vader.summary(found['ten guided'][term], values[term])}")
 
 
 def sampled(model: str, folder: Path, prompts):
