@@ -664,7 +664,7 @@ def append_metrics(out: Path, row: dict, track=None):
 
 
 def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | None]:
-    """What must stay the same when a run goes on, and the checkpoint in --out or None. Raises BadInput."""
+    """What must stay when a run goes on, and its checkpoint; None before its first one. Raises BadInput."""
     free = {"out", "resume", "steps", "eval_every", "tracker", "device", "prompts", "eval_prompts"}
     now = {name: value for name, value in vars(cfg).items() if name not in free}
     used = [(text, image and Path(image).is_file() and Path(image).read_bytes()) for text, image in prompts]
@@ -674,9 +674,9 @@ def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | No
     found = {path.name for path in out.glob("[!.]*")}
     run = cfg.mode == "train" and "config.json" in found
     updates = max([row["step"] for row in read_metrics(out)], default=0) if run else 0
-    if not found or run and updates < 2 and not file.exists():  # or it ended before its first update did
+    if not found or run and updates < 2 and not file.exists() and (cfg.resume or "lora" not in found):
         return now, None
-    need(run, f"{out} is not empty: give another --out, or remove it")
+    need(run, f"{out} is not empty: give another --out")
     need(cfg.resume, f"{out} holds a run: add --resume to go on with it, or give another --out")
     then, anew = rewards.read_json(out / "config.json"), f"go on with --lora {out}/lora and another --out"
     for name, value in now.items():

@@ -13,7 +13,7 @@ import transformers
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
@@ -50,7 +50,7 @@ class LiveStorages(TorchDispatchMode):
         if func.overloadpacket in flop_registry:
             self.operations += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor):  # of int8
                 storage = tensor.untyped_storage()
                 if storage._cdata not in self.sizes:
                     self.sizes[storage._cdata] = storage.nbytes()
@@ -136,6 +136,9 @@ def without_weights(memory: LiveStorages | None = None, device="cpu"):
     def found(source, name, flag):
         return fetch(source, name, flag) if name.endswith(".json") else Path(source) / name
 
+    def item(self, real=torch.Tensor.item):
+        return 1.0 if isinstance(self, FakeTensor) else real(self)
+
     def as_on_a_gpu(network, device, dtype):
         if memory:
             with mock.patch.object(torch.nn.Module, "to", lambda part, *_: part):
@@ -148,7 +151,7 @@ def without_weights(memory: LiveStorages | None = None, device="cpu"):
             (transformers.PreTrainedModel, "from_pretrained", classmethod(network)),
             (transformers.PreTrainedModel, "init_weights", lambda self: None),
             (transformers.PreTrainedTokenizerBase, "from_pretrained", classmethod(tokenizer)),
-            *([(torch.nn.Module, "to", exchange)] if memory else []),
+            *([(torch.nn.Module, "to", exchange), (torch.Tensor, "item", item)] if memory else []),
             (rewards, "load", load),
             (rewards, "load_state", lambda network, *_, **__: network),
             (rewards, "fetch", found),

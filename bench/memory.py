@@ -16,6 +16,7 @@ import csv
 import dataclasses
 import gc
 import itertools
+import math
 import sys
 import time
 from contextlib import ExitStack
@@ -58,7 +59,9 @@ def resolve(cfg: vader.Config) -> tuple[vader.Config, str, type, list[vader.Prom
 def make_terms(cfg: vader.Config, device) -> dict:
     """The rewards, from configs/rewards where it has them."""
     folders = [cfg.reward_weights, str(CONFIGS / "rewards")]
-    return rewards.make_terms(cfg.reward, device, vader.DTYPES[cfg.dtype], folders)
+    return rewards.make_terms(
+        cfg.reward, device, vader.DTYPES[cfg.dtype], folders, vlm=cfg.vlm, quantize=cfg.quantize
+    )
 
 
 def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, float]:
@@ -92,6 +95,8 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
         run.conds = model.encode([*prompts, vader.Prompt("")], cfg)
         phase("encoding prompts", *networks)
         model.load()
+        if cfg.quantize != "none" or cfg.base_lora:
+            vader.borrow("base", "--quantize")["prepare"](model, cfg)
         vader.add_lora(model, cfg)
         model.recompute()
         optimizer = vader.make_optimizer(run)
@@ -216,18 +221,20 @@ def write_table(measured: bool):
 def main(argv=None) -> int:
     """Exit code 0; 1 when the prediction is more than --vram; 2 after a line of bad input."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--vram", type=float, help="gigabytes there are")
+    parser.add_argument("--vram", type=float, default=math.inf, help="gigabytes there are")
     parser.add_argument("--measure", action="store_true")
     args, flags = parser.parse_known_args(argv)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
-    if args.measure:
-        cap()
-    if not flags:
-        write_table(args.measure)
-        return 0
     operations = {}
     try:
+        vader.need(args.vram > 0, "--vram: give the gigabytes that there are")
+        vader.need(torch.cuda.is_available() or not args.measure, "--measure needs a CUDA GPU")
+        if args.measure:
+            cap()
+        if not flags and args.vram == math.inf:
+            write_table(args.measure)
+            return 0
         cfg = vader.parse_args(flags)
         found = predict(cfg, operations)
     except vader.BadInput as error:
@@ -241,7 +248,7 @@ def main(argv=None) -> int:
         print(f"{card:18}{found:6.1f} hours of updates at {UTILISATION:.0%} of its half-precision peak")
     if args.measure:
         print(measure(cfg))
-    if not args.vram or peak <= args.vram:
+    if peak <= args.vram:
         return 0
     first = "add --offload, then " * (not cfg.offload)
     print(f"more than {args.vram:g}: {first}lower --batch_size, --num_frames, --height, --width, --lora_rank")

@@ -315,3 +315,12 @@ def test_an_update_with_fp16_s_scale_is_the_same_update(settings):
     (norm, plain), (scaled_norm, scaled) = made
     assert scaler.get_scale() == 2.0**12 and scaled_norm == pytest.approx(norm, rel=1e-4)
     assert all(scaled[name].allclose(p, atol=1e-5) for name, p in plain.items())
+
+
+def test_a_finished_run_whose_checkpoint_is_gone_is_not_started_anew(settings):
+    vader.train(cfg := replace(settings, steps=1, eval_videos=0))
+    shutil.rmtree(Path(cfg.out) / "checkpoint")
+    before = {file: file.read_bytes() for file in Path(cfg.out).rglob("*") if file.is_file()}
+    with pytest.raises(BadInput, match="holds a run: add --resume"):
+        vader.train(replace(cfg, seed=5))
+    assert all(file.read_bytes() == data for file, data in before.items())

@@ -10,7 +10,7 @@ import peft
 import torch
 from safetensors.torch import load_file
 
-from rewards import asking_hub, fetch, list_hub, need, read_json, reading
+from rewards import asking_hub, borrow, fetch, list_hub, need, reading
 
 
 def prepare(model, cfg):
@@ -29,11 +29,14 @@ def find_lora(source: str) -> Path:
     """The file of a LoRA: itself, in a folder, or on the hub (owner/name, or owner/name/file)."""
     if Path(source).is_file():
         return Path(source)
+    if (Path(source) / "lora" / "adapter_config.json").is_file():  # a run's folder
+        source = f"{source}/lora"
     repo, name, flag = source, "", "--base_lora"
     if Path(source).is_dir():
         names = os.listdir(source)
     else:
-        need("/" in source, f"--base_lora {source}: no such file or folder")
+        on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/.+)?", source)
+        need(on_hub, f"--base_lora {source}: no such file or folder, and no hub id")
         repo = "/".join(source.split("/")[:2])
         name = source.removeprefix(repo).strip("/")
         with asking_hub(repo, flag):
@@ -52,14 +55,16 @@ def find_lora(source: str) -> Path:
 
 
 def read_base(source: str, family, skeleton) -> tuple[peft.LoraConfig, dict]:
-    """A LoRA in PEFT's or diffusers' format, or in one that diffusers converts: its config and matrices.
+    """A LoRA in PEFT's format, or in one that diffusers knows for the model: its config and matrices.
 
     family: a model's class; skeleton: its denoiser without weights. Raises BadInput for a LoRA of another
     model, with missing or odd keys, or that is not finite.
     """
-    file, where = find_lora(source), f"--base_lora {source}"
+    file, where, lora = find_lora(source), f"--base_lora {source}", borrow("lora", "--base_lora")
+    if file.name == "adapter_model.safetensors" and file.with_name("adapter_config.json").is_file():
+        return lora["read_lora"](str(file.parent), "--base_lora", skeleton)
     with reading(f"{where} is damaged, or no LoRA"):
-        state, alphas, settings = load_file(file), {}, {}
+        state, alphas = load_file(file), {}
     with reading(f"{where} is in a format that there is no code for"):
         if family.lora_pipeline and not any(key.startswith("base_model.model.") for key in state):
             found = family.lora_pipeline.lora_state_dict(state)
@@ -69,22 +74,18 @@ def read_base(source: str, family, skeleton) -> tuple[peft.LoraConfig, dict]:
     own = re.compile(rf"^(base_model\.model\.|{family.folder}\.)")
     state = {own.sub("", key): value for key, value in state.items()}
     ranks = {key.removesuffix(".lora_A.weight"): len(w) for key, w in state.items() if ".lora_A." in key}
-    need(ranks, f"{where}: there is no LoRA in it")
-    if (file.parent / "adapter_config.json").is_file():
-        settings = read_json(file.parent / "adapter_config.json")
-    usual = settings.get("lora_alpha")
+    need(
+        ranks, f"{where}: there is no LoRA in it, in PEFT's format or one that diffusers knows for this model"
+    )
     scales = {own.sub("", key).removesuffix(".alpha"): float(alpha) for key, alpha in (alphas or {}).items()}
-    scales = {name: scales.get(name, usual or rank) for name, rank in ranks.items()}
-    config = peft.LoraConfig(target_modules=[*ranks], rank_pattern=ranks, alpha_pattern=scales)
-    for name in ("use_rslora", "use_dora"):
-        setattr(config, name, bool(settings.get(name)))
-    with reading(f"{where} was made for another model"):
+    scales = {name: scales.get(name, rank) for name, rank in ranks.items()}
+    with reading(f"{where} was made for another model"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of what does not fit: that is an error here
+        config = peft.LoraConfig(target_modules=[*ranks], rank_pattern=ranks, alpha_pattern=scales)
         fits = peft.get_peft_model_state_dict(peft.get_peft_model(skeleton, config))
-    fits = {key.removeprefix("base_model.model."): w.shape for key, w in fits.items()}
-    good = {key for key, w in state.items() if w.shape == fits.get(key) and w.isfinite().all()}
-    odd = (fits.keys() | state.keys()) - good
-    need(not odd, f"{where} was made for another model, or is damaged: {min(odd, default='')}")
-    return config, {f"base_model.model.{key}": value for key, value in state.items()}
+    state = {f"base_model.model.{key}": value for key, value in state.items()}
+    lora["check_matrices"](where, state, fits)
+    return config, state
 
 
 def quantize(network: torch.nn.Module, kind: str, dtype: torch.dtype):

@@ -1,6 +1,8 @@
 """Flags that ask for more than vader.py holds, checked before anything loads."""
 
 import importlib.util
+import re
+from pathlib import Path
 
 from rewards import borrow, need
 
@@ -18,6 +20,10 @@ def check_flags(cfg, family, source: str, device: str, given: dict) -> dict:
         borrow("base", "--base_lora")["read_base"](cfg.base_lora, family, family.skeleton(source))
     if cfg.lora:
         found = lora["check_lora"](cfg.lora, family.skeleton(source), given)
+        card = Path(cfg.lora) / "README.md"
+        fused = re.search("after the LoRA (.*) was fused", card.read_text()) if card.is_file() else None
+        if fused and not cfg.base_lora:
+            print(f"{cfg.lora} was trained with --base_lora {fused[1]}: give it here too")
     elif cfg.lora_targets:
         lora["check_targets"](cfg.lora_targets, family.skeleton(source))
     for flag in ("quantize", "tracker"):

@@ -1,5 +1,6 @@
 """--lora: what a trained LoRA must be before a model loads; and a LoRA in stock diffusers' format."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,26 +11,47 @@ from safetensors.torch import load_file
 from rewards import need, read_json, reading
 
 
-def check_lora(folder: str, skeleton, given: dict) -> dict:
-    """A LoRA's rank, alpha and targets, as settings. Raises BadInput.
+def read_lora(folder: str, flag: str, skeleton) -> tuple[peft.LoraConfig, dict]:
+    """A LoRA as PEFT saves it: its config and matrices. flag: which asks for it, named in what is raised.
 
-    skeleton: the denoiser without weights; the LoRA must have all matrices for it, all finite. given: the
-    user's settings, which must not say otherwise.
+    skeleton: the denoiser without weights, for which all matrices must be there, finite. Raises BadInput.
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         need(
-            (Path(folder) / name).is_file(), f"--lora {folder}: there is no {name}: give a run's lora folder"
+            (Path(folder) / name).is_file(), f"{flag} {folder}: there is no {name}: give a run's lora folder"
         )
-    kind = read_json(Path(folder) / "adapter_config.json").get("peft_type")
-    need(kind == "LORA", f"--lora {folder}: its adapter_config.json is that of a {kind}")
-    with reading(f"--lora {folder} is damaged, or made for another model"):
+    says = read_json(Path(folder) / "adapter_config.json")
+    kind, alpha = says.get("peft_type"), says.get("lora_alpha")
+    need(kind == "LORA", f"{flag} {folder}: its adapter_config.json is that of a {kind}, not of a LORA")
+    good = type(alpha) in (int, float) and 0 < alpha <= 1e6
+    need(good, f"{flag} {folder}: lora_alpha of its adapter_config.json is {alpha!r}: give one from 0 to 1e6")
+    odd = [
+        name
+        for name in ("modules_to_save", "bias", "use_dora")
+        if says.get(name) not in (None, False, "none")
+    ]
+    need(not odd, f"{flag} {folder}: there is no code for {min(odd, default='')} of its adapter_config.json")
+    with reading(f"{flag} {folder} is damaged, or made for another model"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of what does not fit: that is an error here
         config = replace(peft.PeftConfig.from_pretrained(folder), base_model_name_or_path=None)
         fits = peft.get_peft_model_state_dict(peft.get_peft_model(skeleton, config))
         state = load_file(Path(folder) / "adapter_model.safetensors")
-        targets = ",".join(sorted(config.target_modules))
-    good = {k for k, w in state.items() if k in fits and w.shape == fits[k].shape and w.isfinite().all()}
+    check_matrices(f"{flag} {folder}", state, fits)
+    return config, state
+
+
+def check_matrices(said: str, state: dict, fits: dict):
+    """Raises BadInput unless state has all that fits has, and no more, in its shapes, finite numbers all."""
+    good = {k for k, w in state.items() if k in fits and w.shape == fits[k].shape and w.is_floating_point()}
+    good = {k for k in good if state[k].isfinite().all()}
     other = (fits.keys() | state.keys()) - good
-    need(not other, f"--lora {folder} was made for another model, or is damaged: {min(other, default='')}")
+    need(not other, f"{said} was made for another model, or is damaged: {min(other, default='')}")
+
+
+def check_lora(folder: str, skeleton, given: dict) -> dict:
+    """The rank, alpha and targets of --lora, as settings; the user's, given, must not say otherwise."""
+    config, _ = read_lora(folder, "--lora", skeleton)
+    targets = ",".join(sorted(config.target_modules))
     has = dict(lora_rank=config.r, lora_alpha=config.lora_alpha, lora_targets=targets)
     for name in has.keys() & given.keys():
         same = {*str(given[name]).replace(" ", "").split(",")} == {*str(has[name]).split(",")}

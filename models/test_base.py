@@ -109,19 +109,56 @@ def test_a_base_lora_that_does_not_fit_is_one_line(settings, checkpoints, tmp_pa
     ):
         save_file(damaged, file)
         refused("made for another model")
-    save_file({}, file)
-    refused("there is no LoRA in it")
+    save_file({}, tmp_path / "empty.safetensors")
+    refused("there is no LoRA in it", source=tmp_path / "empty.safetensors")
     file.write_bytes(b"hello")
-    refused("is damaged, or no LoRA")
-    refused("no such file or folder", source="nosuch")
+    refused("is damaged, or made for another model")
+    for nosuch in ("nosuch", "/no/such", "https://huggingface.co/a/b"):
+        refused("no such file or folder", source=nosuch)
     refused("no .safetensors file", source=vader.HERE / "models")
     shutil.rmtree(tmp_path / "base")
     save_base(settings, tmp_path / "base", "to_q,to_v")
+    config = json.loads((file.with_name("adapter_config.json")).read_text())
+    for said, change in (
+        ("lora_alpha of its adapter_config.json", dict(lora_alpha="16")),
+        ("lora_alpha of its adapter_config.json", dict(lora_alpha=0)),
+        ("lora_alpha of its adapter_config.json", dict(lora_alpha=float("nan"))),
+        ("that of a LOHA", dict(peft_type="LOHA")),
+        ("no code for use_dora", dict(use_dora=True)),
+        ("no code for modules_to_save", dict(modules_to_save=["conv_in"])),
+        ("made for another model", dict(rank_pattern={"to_q": 7})),
+    ):
+        file.with_name("adapter_config.json").write_text(json.dumps(config | change))
+        refused(said)
+    file.with_name("adapter_config.json").write_text(json.dumps(config))
     wan = dict(model=str(checkpoints("wan")), num_frames=5, height=32, width=32)
     refused("made for another model", **wan)
     for name in "ab":
         shutil.copy(file, tmp_path / f"{name}.safetensors")
     refused("has several files: give one", source=tmp_path)
+
+
+def test_patterns_of_alpha_count_and_a_run_s_folder_will_do(settings, tmp_path):
+    save_base(settings, tmp_path / "run" / "lora", "to_q,to_v")
+    file = tmp_path / "run" / "lora" / "adapter_config.json"
+    config = json.loads(file.read_text())
+    plain = load(
+        replace(settings, base_lora=str(tmp_path / "run"), mode="sample")
+    ).model.denoiser.state_dict()
+    file.write_text(json.dumps(config | {"alpha_pattern": {"to_q": 50}}))
+    more = load(replace(settings, base_lora=str(tmp_path / "run"), mode="sample")).model.denoiser.state_dict()
+    base = load(replace(settings, mode="sample")).model.denoiser.state_dict()
+    for name, times in {"to_q": 10, "to_v": 1}.items():
+        (key, *_) = (key for key in base if key.endswith(f"{name}.weight"))
+        assert torch.allclose(more[key] - base[key], times * (plain[key] - base[key]), atol=1e-5)
+
+
+def test_a_lora_trained_on_another_base_says_so(settings, tmp_path, capsys):
+    save_base(settings, tmp_path / "base", "to_q,to_v")
+    vader.train(replace(settings, base_lora=str(tmp_path / "base"), steps=1, eval_videos=0))
+    capsys.readouterr()
+    vader.resolve(replace(settings, mode="sample", lora=f"{settings.out}/lora", lora_rank=None))
+    assert "was trained with --base_lora base: give it here too" in capsys.readouterr().out
 
 
 def test_a_run_with_another_base_lora_is_not_gone_on_with(settings, tmp_path):
