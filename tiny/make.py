@@ -6,7 +6,7 @@
 world.py draws, a train_*.py trains each model, scores.py measures them, and its head has what they scored.
 
 Takes about six hours on 2 cores: CLIP 11 minutes, autoencoder 25, U-Net 42, aesthetic 8, detectors 3, the
-other rewards about 120, ask 52; image to video about 50 and 30 on one core, Wan about 50.
+other rewards about 120, ask 52; image to video about 50 and 30 on one core, Wan about 50, few 65 on one.
 
 The weights in the repository were trained in pieces that shared the two cores, remove first on shapes that
 were not bent (4,000 updates) and then on bent ones (1,800), clip first without spoiled pictures (4,000) and
@@ -71,7 +71,7 @@ def main():
         train_wan_text(out, 400, seed)
         train_wan(out, 4800, 5000, seed)
         save_wan(out)
-        train_few(out, 1200, 700, 8, 32, seed)
+        train_few(out, 1200, 700, 8, (32, 24), seed)
         draw_images(out, 60, seed)
     measure(out, args.samples, seed)
     measure_few(out, args.samples, seed)

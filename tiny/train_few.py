@@ -44,8 +44,28 @@ def teach(model, cfg, states, chosen, generator):
     return torch.cat(parts)
 
 
-def train_few(out: Path, videos: int, updates: int, batch: int, rank: int, seed: int):
-    """Distil into a LoRA and write it to `out`/few. videos: of the teacher; batch: of these an update."""
+@torch.no_grad()
+def cut_rank(model, rank: int):
+    """Replace the LoRA by the nearest one of a lower rank: of each product's singular values, the largest."""
+    config = model.denoiser.peft_config["default"]
+    for layer in model.denoiser.modules():
+        if hasattr(layer, "lora_A"):
+            a, b = layer.lora_A["default"], layer.lora_B["default"]
+            u, s, v = torch.linalg.svd(b.weight.flatten(1) @ a.weight.flatten(1), full_matrices=False)
+            u, v = (
+                F.pad(u * s.sqrt(), (0, rank))[:, :rank],
+                F.pad(s.sqrt()[:, None] * v, (0, 0, 0, rank))[:rank],
+            )
+            a.weight = torch.nn.Parameter(v.reshape(rank, *a.weight.shape[1:]).contiguous())
+            b.weight = torch.nn.Parameter(u.reshape(len(u), rank, *b.weight.shape[2:]).contiguous())
+    config.r = config.lora_alpha = rank
+
+
+def train_few(out: Path, videos: int, updates: int, batch: int, ranks: tuple[int, int], seed: int):
+    """Distil into a LoRA and write it to `out`/few.
+
+    videos: of the teacher; batch: of these an update; ranks: in training, and then.
+    """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 40)
     cfg, _, family = vader.resolve(vader.Config(model="tiny", device="cpu", num_inference_steps=STEPS))
@@ -58,7 +78,7 @@ def train_few(out: Path, videos: int, updates: int, batch: int, rank: int, seed:
     ways = teach(model, cfg, states, chosen, generator)
 
     names = [n for n, part in model.denoiser.named_modules() if isinstance(part, LAYERS)]
-    config = peft.LoraConfig(r=rank, lora_alpha=rank, target_modules=names)
+    config = peft.LoraConfig(r=ranks[0], lora_alpha=ranks[0], target_modules=names)
     model.denoiser, schedule = peft.get_peft_model(model.denoiser, config), model.schedule(cfg)
 
     def loss_of(update):
@@ -73,5 +93,6 @@ def train_few(out: Path, videos: int, updates: int, batch: int, rank: int, seed:
         return sum(losses), {f"step {i}": loss for i, loss in enumerate(losses)}
 
     fit(vader.lora_parameters(model).values(), updates, 1e-3, "few", loss_of, decay=0.0, beta=0.99)
+    cut_rank(model, ranks[1])
     model.denoiser.half()
     vader.save_lora(model, out / "few")
