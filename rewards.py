@@ -116,15 +116,16 @@ DAMAGED += (RuntimeError, EOFError, SyntaxError, struct.error, pickle.Unpickling
 DAMAGED += (SafetensorError, Image.DecompressionBombError, hub.StrictDataclassError, ImportError)
 
 
-@contextlib.contextmanager
-def reading(problem: str):
+class reading(contextlib.AbstractContextManager):
     """Inside, what libraries raise on damaged files is one line, `problem` first. Raises BadInput."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is not Exception and not isinstance(error, DAMAGED):  # tokenizers raise the bare class
-            raise
-        raise BadInput(f"{problem} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from None
+
+    def __init__(self, problem: str):
+        self.problem = problem
+
+    def __exit__(self, kind, error, trace):
+        if kind is Exception or isinstance(error, DAMAGED):  # tokenizers raise the bare class
+            said = f"{kind.__name__}: {' '.join(str(error).split())[:120]}"
+            raise BadInput(f"{self.problem} ({said})") from None
 
 
 def read_json(path: Path) -> dict:

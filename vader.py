@@ -15,7 +15,8 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
     v               d loss / d frames                   K, T      trained steps, sampling steps
 
 Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. What a
-flag asks for is in models/, and `borrow` reads it: more models, .jsonl prompts, --lora, --tracker, --mode.
+flag asks for is in models/, and `borrow` reads it: more models, .jsonl prompts, --lora, --base_lora,
+--quantize, --tracker, --mode.
 """
 
 import contextlib
@@ -221,9 +222,9 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     found["out"] = f"runs/{label}" if cfg.mode == "train" else f"runs/{cfg.mode}-{label}"
     given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto", "none")}
     family.skeleton(source)  # raises when the checkpoint needs code that the family lacks
-    more = [name for name in ("lora", "base_lora", "lora_targets", "quantize", "tracker") if name in given]
-    if more:
-        found |= borrow("flags", f"--{more[0]}")["check_flags"](cfg, family, source, device, given)
+    asked = [flag for flag in ("lora", "base_lora", "lora_targets", "quantize", "tracker") if flag in given]
+    if asked:  # what models/ holds the code for, it checks; --lora has its own rank, alpha and targets
+        found |= borrow("flags", f"--{asked[0]}")["check_flags"](cfg, family, source, device, given)
     found |= given | {"model": model, "device": device, "reward": name}
     cfg = replace(cfg, **{name: found[name] for name in vars(cfg).keys() & found.keys()})
 
@@ -346,10 +347,7 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
         c = rescale(torch.ones_like(x), t).mean().item()
         a, b, s, large = scheduler.step(f, t, x, **noisy).prev_sample.flatten().tolist()
         linear = math.isclose(large, 100 * (a if i % 2 else b), rel_tol=1e-5, abs_tol=1e-5)
-        need(
-            linear and (eta or s == 0),
-            "--model: the sampler of scheduler_config.json clips or draws noise, take another",
-        )
+        need(linear and (eta or s == 0), "--model: its scheduler clips or draws noise: take another")
         rows.append((a, b, c, s))
     tables = map(list, zip(*rows, strict=True))
     return Schedule(scheduler.timesteps, *tables, start=float(getattr(scheduler, "init_noise_sigma", 1)))
@@ -400,8 +398,8 @@ class TextToVideoUNet:
             made = cls.denoiser_class.from_config(config)
             channels = cls.inputs * (vae.get("latent_channels") or vae["z_dim"])
             need(made.config.in_channels == channels, f"{source}: no code for other inputs than latents")
-            blocks = vae.get("block_out_channels", "none") if cls.scale == 8 else "none"
-            need(len(blocks) == 4, f"{source}: no code for a VAE of another scale than {cls.scale}")
+            levels = len(vae.get("block_out_channels", ())) if cls.scale == 8 else 0  # 0: says it otherwise
+            need(levels in (0, 4), f"{source}: no code for a VAE of another scale than {cls.scale}")
         return made
 
     def schedule(self, cfg: Config) -> Schedule:
@@ -505,7 +503,7 @@ class Run:
 class Batch(NamedTuple):
     """B videos that are made together, and maybe differentiated."""
 
-    prompts: list[Prompt]
+    texts: list[str]  # of the prompts
     noise: torch.Tensor  # (B, C, F, H, W) float32
     cond: dict  # what `denoise` is given, {name: (B, ...)}
     uncond: dict  # without the text
@@ -521,7 +519,7 @@ def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trai
     cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     # an image, which the empty prompt has not, is given to both guidance branches
     uncond = cond | {name: value.expand(len(rows), *value.shape) for name, value in empty.items()}
-    return Batch(prompts, noise, cond, uncond, generator, picks, trained, scale)
+    return Batch([prompt.text for prompt in prompts], noise, cond, uncond, generator, picks, trained, scale)
 
 
 def pick_latent_frames(run: Run, generator) -> list[int]:
@@ -574,8 +572,7 @@ def score(run: Run, batch: Batch, x):
     with torch.no_grad():
         video = run.model.decode(x, picks).requires_grad_()  # (B, N, 3, H, W)
     sizes = [sum(map(run.model.frames_in, piece)) for piece in pieces]
-    texts = [prompt.text for prompt in batch.prompts]
-    found = rewards.weighted_rewards(run.terms, video, texts, cfg.decode_chunk, batch.scale)
+    found = rewards.weighted_rewards(run.terms, video, batch.texts, cfg.decode_chunk, batch.scale)
     v = -video.grad / len(x)
     del video
     x = x.detach().requires_grad_()
@@ -666,6 +663,7 @@ def append_metrics(out: Path, row: dict, track=None):
 def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | None]:
     """What must stay when a run goes on, and its checkpoint; None before its first one. Raises BadInput."""
     free = {"out", "resume", "steps", "eval_every", "tracker", "device", "prompts", "eval_prompts"}
+    places = {"model", "lora", "base_lora", "reward_weights", "vlm"}  # the same by another path
     now = {name: value for name, value in vars(cfg).items() if name not in free}
     used = [(text, image and Path(image).is_file() and Path(image).read_bytes()) for text, image in prompts]
     now |= {"processes": ranks()[1], "prompts used": hashlib.sha256(repr(used).encode()).hexdigest()}
@@ -674,6 +672,7 @@ def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | No
     found = {path.name for path in out.glob("[!.]*")}
     run = cfg.mode == "train" and "config.json" in found
     updates = max([row["step"] for row in read_metrics(out)], default=0) if run else 0
+    # nothing yet, or a kill during its first update, which at most had its LoRA written
     if not found or run and updates < 2 and not file.exists() and (cfg.resume or "lora" not in found):
         return now, None
     need(run, f"{out} is not empty: give another --out")
@@ -681,9 +680,7 @@ def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | No
     then, anew = rewards.read_json(out / "config.json"), f"go on with --lora {out}/lora and another --out"
     for name, value in now.items():
         old = then.get(name)
-        place = (
-            name in ("model", "lora", "base_lora", "reward_weights", "vlm") and isinstance(old, str) and value
-        )
+        place = name in places and isinstance(old, str) and value
         same = old == value or place and Path(old).exists() and Path(old).resolve() == Path(value).resolve()
         said = {"prompts used": "with other prompts", "processes": f"with {old} processes"}.get(name)
         said = said or (f"without --{name}" if old is None else f"with --{name} {old}")
@@ -746,11 +743,11 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
     model = family(source, cfg.device, dtype)
     run = Run(cfg, model, model.schedule(cfg), terms, {})
     # a reward that can't score, or has no gradient, shows on noise, before anything large loads
-    train, texts, frames = cfg.mode == "train", texts[: cfg.batch_size], cfg.num_frames
-    if train:
-        frames = sum(map(model.frames_in, pick_latent_frames(run, generator_for(0))))
-    noise = torch.rand(len(texts), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
-    rewards.weighted_rewards(terms, noise, texts, cfg.decode_chunk, 1.0 if train else None)
+    train, picks = cfg.mode == "train", pick_latent_frames(run, generator_for(0))
+    frames = sum(map(model.frames_in, picks)) if train else cfg.num_frames
+    size = (len(texts[: cfg.batch_size]), frames, 3, cfg.height, cfg.width)
+    noise = torch.rand(size).to(cfg.device).requires_grad_(train)
+    rewards.weighted_rewards(terms, noise, texts[: size[0]], cfg.decode_chunk, 1.0 if train else None)
     need(not train or noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")
     bring(run, denoiser=False, scoring=False)  # room for the text encoder, maybe the largest part of all
     with reading(f"{source}: its tokenizer, text encoder and pipeline do not fit together"):
@@ -871,12 +868,12 @@ def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None) -
         cuda.reset_peak_memory_stats()  # or the peak is that of encoding the prompts
     parameters = list(lora_parameters(run.model).values())
     optimizer.zero_grad()
+    # asked for by scaling a one: a scaler has no scale before it has scaled something
     scale = scaler.scale(torch.ones((), device=parameters[0].device)).item() / cfg.grad_accum
     for m in range(cfg.grad_accum):
         number = (step * cfg.grad_accum + m) * world + rank
         chosen = batch_prompts(prompts, cfg, number)
-        values = micro_batch(run, chosen, step, number, scale)
-        for name, value in values.items():
+        for name, value in micro_batch(run, chosen, step, number, scale).items():
             found.setdefault(name, []).extend(value.tolist())
     if world > 1:
         for p in parameters:

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 from rewards import asking_hub, borrow, fetch, list_hub, need, reading
 
+NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's, diffusers'
+
 
 def prepare(model, cfg):
     """Fuse --base_lora into the model's denoiser, then quantise it."""
@@ -42,10 +44,7 @@ def find_lora(source: str) -> Path:
         with asking_hub(repo, flag):
             names = list_hub(repo)
     files = [file for file in names if file.endswith(".safetensors")]
-    known = [
-        file for file in ("adapter_model.safetensors", "pytorch_lora_weights.safetensors") if file in files
-    ]
-    found = [name] if name else known[:1] or files
+    found = [name] if name else [file for file in NAMES if file in files][:1] or files
     need(found, f"--base_lora {source}: there is no .safetensors file")
     need(len(found) == 1, f"--base_lora {source} has several files: give one, as {source}/{found[0]}")
     config = str(Path(found[0]).with_name("adapter_config.json"))
@@ -74,9 +73,7 @@ def read_base(source: str, family, skeleton) -> tuple[peft.LoraConfig, dict]:
     own = re.compile(rf"^(base_model\.model\.|{family.folder}\.)")
     state = {own.sub("", key): value for key, value in state.items()}
     ranks = {key.removesuffix(".lora_A.weight"): len(w) for key, w in state.items() if ".lora_A." in key}
-    need(
-        ranks, f"{where}: there is no LoRA in it, in PEFT's format or one that diffusers knows for this model"
-    )
+    need(ranks, f"{where}: there is no LoRA in it, in PEFT's format or the pipeline's in diffusers")
     scales = {own.sub("", key).removesuffix(".alpha"): float(alpha) for key, alpha in (alphas or {}).items()}
     scales = {name: scales.get(name, rank) for name, rank in ranks.items()}
     with reading(f"{where} was made for another model"), warnings.catch_warnings():

@@ -17,19 +17,15 @@ def read_lora(folder: str, flag: str, skeleton) -> tuple[peft.LoraConfig, dict]:
     skeleton: the denoiser without weights, for which all matrices must be there, finite. Raises BadInput.
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        need(
-            (Path(folder) / name).is_file(), f"{flag} {folder}: there is no {name}: give a run's lora folder"
-        )
+        there = (Path(folder) / name).is_file()
+        need(there, f"{flag} {folder}: there is no {name}: give a run's lora folder")
     says = read_json(Path(folder) / "adapter_config.json")
     kind, alpha = says.get("peft_type"), says.get("lora_alpha")
     need(kind == "LORA", f"{flag} {folder}: its adapter_config.json is that of a {kind}, not of a LORA")
     good = type(alpha) in (int, float) and 0 < alpha <= 1e6
     need(good, f"{flag} {folder}: lora_alpha of its adapter_config.json is {alpha!r}: give one from 0 to 1e6")
-    odd = [
-        name
-        for name in ("modules_to_save", "bias", "use_dora")
-        if says.get(name) not in (None, False, "none")
-    ]
+    kinds = ("modules_to_save", "bias", "use_dora")
+    odd = [name for name in kinds if says.get(name) not in (None, False, "none")]
     need(not odd, f"{flag} {folder}: there is no code for {min(odd, default='')} of its adapter_config.json")
     with reading(f"{flag} {folder} is damaged, or made for another model"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of what does not fit: that is an error here
