@@ -153,7 +153,7 @@ def plain_gradient(run, batch):
             f_uncond = f_uncond.detach() if cfg.detach_uncond else f_uncond
             f = f_uncond + w * (f - f_uncond)
             x = schedule.a[i] * x + schedule.b[i] * (f if i in batch.trained else f.detach())
-    video, texts = model.decode(x, batch.picks), batch.texts
+    video, texts = model.decode(x, batch.picks), [prompt.text for prompt in batch.prompts]
     (-sum(weight * reward(video, texts) for weight, reward in run.terms.values()).mean()).backward()
     return gradients(run)
 

@@ -312,7 +312,7 @@ def test_a_scheduler_that_is_not_affine_is_refused(scheduler):
 
 def stock_frames(run, batch, unet=None):
     """Frames (B, F, 3, H, W) in [0, 1] of diffusers' own pipeline, same noise."""
-    cfg, texts = run.cfg, batch.texts
+    cfg, texts = run.cfg, [prompt.text for prompt in batch.prompts]
     pipe = diffusers.TextToVideoSDPipeline.from_pretrained(run.model.source, dtype=torch.float32)
     spaced = dict(timestep_spacing=cfg.timestep_spacing)
     pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **spaced)

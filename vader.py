@@ -503,7 +503,7 @@ class Run:
 class Batch(NamedTuple):
     """B videos that are made together, and maybe differentiated."""
 
-    texts: list[str]  # of the prompts
+    prompts: list[Prompt]
     noise: torch.Tensor  # (B, C, F, H, W) float32
     cond: dict  # what `denoise` is given, {name: (B, ...)}
     uncond: dict  # without the text
@@ -519,7 +519,7 @@ def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trai
     cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     # an image, which the empty prompt has not, is given to both guidance branches
     uncond = cond | {name: value.expand(len(rows), *value.shape) for name, value in empty.items()}
-    return Batch([prompt.text for prompt in prompts], noise, cond, uncond, generator, picks, trained, scale)
+    return Batch(prompts, noise, cond, uncond, generator, picks, trained, scale)
 
 
 def pick_latent_frames(run: Run, generator) -> list[int]:
@@ -572,7 +572,8 @@ def score(run: Run, batch: Batch, x):
     with torch.no_grad():
         video = run.model.decode(x, picks).requires_grad_()  # (B, N, 3, H, W)
     sizes = [sum(map(run.model.frames_in, piece)) for piece in pieces]
-    found = rewards.weighted_rewards(run.terms, video, batch.texts, cfg.decode_chunk, batch.scale)
+    texts = [prompt.text for prompt in batch.prompts]
+    found = rewards.weighted_rewards(run.terms, video, texts, cfg.decode_chunk, batch.scale)
     v = -video.grad / len(x)
     del video
     x = x.detach().requires_grad_()
@@ -743,11 +744,10 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
     model = family(source, cfg.device, dtype)
     run = Run(cfg, model, model.schedule(cfg), terms, {})
     # a reward that can't score, or has no gradient, shows on noise, before anything large loads
-    train, picks = cfg.mode == "train", pick_latent_frames(run, generator_for(0))
-    frames = sum(map(model.frames_in, picks)) if train else cfg.num_frames
-    size = (len(texts[: cfg.batch_size]), frames, 3, cfg.height, cfg.width)
-    noise = torch.rand(size).to(cfg.device).requires_grad_(train)
-    rewards.weighted_rewards(terms, noise, texts[: size[0]], cfg.decode_chunk, 1.0 if train else None)
+    texts, train = texts[: cfg.batch_size], cfg.mode == "train"
+    frames = sum(map(model.frames_in, pick_latent_frames(run, generator_for(0)))) if train else cfg.num_frames
+    noise = torch.rand(len(texts), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
+    rewards.weighted_rewards(terms, noise, texts, cfg.decode_chunk, 1.0 if train else None)
     need(not train or noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")
     bring(run, denoiser=False, scoring=False)  # room for the text encoder, maybe the largest part of all
     with reading(f"{source}: its tokenizer, text encoder and pipeline do not fit together"):

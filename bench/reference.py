@@ -36,7 +36,7 @@ def one_graph(run, batch):
             f_uncond, f_cond = model.denoise(schedule.c[i] * torch.cat([seen, seen]), t, both).chunk(2)
             f_uncond = f_uncond.detach() if cfg.detach_uncond else f_uncond
             x = schedule.a[i] * x + schedule.b[i] * (f_uncond + w * (f_cond - f_uncond))
-    video, texts = model.decode(x, batch.picks), batch.texts
+    video, texts = model.decode(x, batch.picks), [prompt.text for prompt in batch.prompts]
     (-sum(weight * reward(video, texts) for weight, reward in run.terms.values()).mean()).backward()
 
 
