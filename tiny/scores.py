@@ -8,7 +8,7 @@ detectors that say so are right on 100 / 98.0 / 100 / 100 % of 256 drawn clips, 
 Four steps without guidance with tiny/few, 256 videos of held-out captions, beside ten steps with guidance 4,
 same noise: colour is right in 84.8 % (85.2), object 61.3 (65.2), motion 96.9 (97.3), place 100 (100), hps
 +0.002 (standard error 0.003), clip -0.011 (0.003); at rank 32, before its cut: 84.8, 61.7, 97.3, 100, +0.003
-and -0.010. Four steps without it: 80.1, 49.2, 91.0, 100 %, hps -0.084, clip -0.106 (0.011).
+and -0.010. Four steps without it: 80.1, 49.2, 91.0, 100 %, hps -0.083 (0.011), clip -0.106 (0.011).
 
 Image to video (10 steps, guidance 2), 128 videos from drawn pictures of held-out captions: colour is right
 in 80.5 %, object in 63.3 %, motion and place in 100 %. Mean absolute difference of [0, 1] of the first frame
