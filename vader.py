@@ -148,17 +148,20 @@ TINY = dict(steps=50, eval_every=25, lr=1e-3, batch_size=2, grad_accum=1, lora_r
 TINY |= dict(num_inference_steps=10, height=64, width=64, rewards=TOY)
 
 # SWAP: your model. Write models/mine.py by imitating models/wan.py, and add its line, "mine.Class": the names
-# for --model, keys of its `presets`, and the pipelines that it loads (`_class_name` of model_index.json).
+# for --model, keys of its `presets`, and the pipelines that it loads: `_class_name` of model_index.json, and
+# what stands there beside PARTS.
 FAMILIES = {
     "vader.TextToVideoUNet": ("tiny", "modelscope", "zeroscope", "TextToVideoSDPipeline"),
     "animatediff.AnimateDiff": ("animatediff", "AnimateDiffPipeline", "StableDiffusionPipeline"),
-    "cogvideox.CogVideoX": ("cogvideox", "CogVideoXPipeline"),
+    "cogvideox.CogVideoX": ("cogvideox", "cogvideox-5b", "CogVideoXPipeline"),
     "ltx.LTX": ("ltx", "LTXPipeline", "LTXImageToVideoPipeline"),
     "svd.StableVideoDiffusion": ("svd", "tiny-i2v", "StableVideoDiffusionPipeline"),
     "wan.Wan": ("wan", "tiny-wan", "WanPipeline"),
+    "wan.Wan22": ("wan2.2-5b", "WanPipeline with expand_timesteps"),
+    "wan.AnyFlow": ("anyflow", "AnyFlowPipeline"),
 }
 
-# What a model_index.json may hold: no second transformer, no setting that changes what is computed.
+# What any model_index.json may hold: no second transformer, no setting that changes what is computed.
 PARTS = "_class_name _diffusers_version _name_or_path unet transformer vae scheduler tokenizer text_encoder"
 PARTS += " image_encoder feature_extractor motion_adapter safety_checker requires_safety_checker"
 
@@ -187,15 +190,14 @@ def read_config(model: str, name: str) -> dict:
 def find_model(model: str) -> tuple[type, str, dict]:
     """The class of --model, where it loads from, and its defaults. Raises BadInput."""
     line_of, name = {name: line for line, names in FAMILIES.items() for name in names}, model
-    pipelines = [name for name in line_of if name.endswith("Pipeline")]
+    pipelines = [name for name in line_of if "Pipeline" in name]
     if model in pipelines or model not in line_of:
         near = difflib.get_close_matches(model, line_of.keys() - pipelines, n=1, cutoff=0)[0]
         need(Path(model).exists() or "/" in model, f"unknown model {model!r}: did you mean {near!r}?")
         index = read_config(model, "model_index.json")
-        name = index.get("_class_name")
+        more = [key for key in index.keys() - PARTS.split() if index[key] not in (None, False, [None, None])]
+        name = " with ".join([str(index.get("_class_name")), *sorted(more)])
         need(name in pipelines, f"{model} is a {name}; there is code for: {', '.join(pipelines)}")
-        odd = [key for key in index.keys() - PARTS.split() if index[key] not in (None, False, [None, None])]
-        need(not odd, f"{model}: there is no code for the {min(odd, default='')} of its model_index.json")
     module, class_name = line_of[name].split(".")
     family = TextToVideoUNet if module == "vader" else borrow(module, name)[class_name]
     preset = family.presets.get(model) or next(iter(family.presets.values())) | {"source": model}
@@ -277,8 +279,9 @@ def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
     if kind == ".jsonl":
         prompts = borrow("images", ".jsonl")["read_rows"](path, lines, family)
     need(prompts, f"{path} holds no prompts: write one a line")
-    bare = family and family.images == "must" and not all(prompt.image for prompt in prompts)
-    need(not bare, f"{path}: this model starts from an image: use .jsonl, with one in each line")
+    images, use = [bool(prompt.image) for prompt in prompts], family.images if family else "no"
+    good = all(images) or use == "no" or use == "may" and not any(images)
+    need(good, f"{path}: this model starts from an image: use .jsonl, with one in each line")
     return prompts
 
 

@@ -35,7 +35,8 @@ import rewards  # noqa: E402 (needs the line above)
 import vader  # noqa: E402
 
 CONFIGS, TABLE = HERE.parent / "configs", HERE / "memory.csv"
-MODELS = ("modelscope", "zeroscope", "animatediff", "svd", "cogvideox", "ltx", "wan")
+MODELS = ("modelscope", "zeroscope", "animatediff", "svd", "cogvideox", "cogvideox-5b", "ltx")
+MODELS += ("wan", "anyflow", "wan2.2-5b")
 # Half-precision peaks that NVIDIA publishes, 1e12 operations a second, dense, sums in float32.
 CARDS = {"T4": 65, "RTX 4060 Ti": 44, "RTX 4080": 97, "A100": 312}
 UTILISATION = 0.4  # of these, assumed; what was measured is in bench/README.md
@@ -72,7 +73,8 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
     cfg, source, family, prompts = resolve(cfg)
     videos, T, K = cfg.grad_accum, cfg.num_inference_steps, cfg.backprop_steps
     cfg = dataclasses.replace(cfg, num_inference_steps=1, backprop_steps=1)
-    schedule = vader.Schedule(torch.ones(1), [1.0], [1.0], [1.0], [0.0])  # one step is as large as any
+    times = family(source, "cpu", vader.DTYPES[cfg.dtype]).schedule(cfg).t[:1]
+    schedule = vader.Schedule(times, [1.0], [1.0], [1.0], [0.0])  # one step is as large as any
     found, counted, idle = {}, {}, 0  # idle: bytes that wait on the host
 
     def phase(name, *waiting):

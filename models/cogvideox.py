@@ -1,9 +1,11 @@
-"""CogVideoX 2B (Yang et al. 2024): a v-prediction transformer, a causal VAE of 4 frames a latent, T5."""
+"""CogVideoX 2B and 5B (Yang et al. 2024): v-prediction, a causal VAE of 4 frames a latent, T5."""
 
 import functools
 
 import diffusers
 import torch
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch.utils.checkpoint import checkpoint
 
 from rewards import need
@@ -14,7 +16,7 @@ class CogVideoX(TextToVideoUNet):
     cogvideox = dict(source="zai-org/CogVideoX-2b", num_frames=17, height=480, width=720)
     cogvideox |= PUBLISHED | dict(num_inference_steps=20, guidance_scale=6.0, lr=1e-4)
     cogvideox |= dict(steps=100, eval_every=25, grad_accum=2)  # hours on a small card, not days
-    presets = {"cogvideox": cogvideox}
+    presets = {"cogvideox": cogvideox, "cogvideox-5b": cogvideox | dict(source="zai-org/CogVideoX-5b")}
 
     text_pipeline = lora_pipeline = diffusers.CogVideoXPipeline
     denoiser_class, folder = diffusers.CogVideoXTransformer3DModel, "transformer"
@@ -27,9 +29,8 @@ class CogVideoX(TextToVideoUNet):
 
     @classmethod
     def skeleton(cls, source):
-        config = read_config(source, "transformer/config.json")
-        plain = not config.get("use_rotary_positional_embeddings")
-        need(plain, f"{source} has rotary positions (5B, 1.5), for which there is no code: CogVideoX-2b")
+        newer = read_config(source, "transformer/config.json").get("patch_size_t")
+        need(not newer, f"{source} is a CogVideoX 1.5, for which there is no code: take CogVideoX-5b")
         return super().skeleton(source)
 
     def schedule(self, cfg):
@@ -48,6 +49,13 @@ class CogVideoX(TextToVideoUNet):
         return {"encoder_hidden_states": pipe.encode_prompt(text, **how)[0][0]}
 
     def denoise(self, x, t, cond):
+        known, height, width = self.denoiser.config, x.shape[3], x.shape[4]
+        if known.use_rotary_positional_embeddings:  # 5B's
+            p = known.patch_size
+            grid = height // p, width // p
+            region = get_resize_crop_region_for_grid(grid, known.sample_width // p, known.sample_height // p)
+            size = dict(crops_coords=region, grid_size=grid, temporal_size=x.shape[2], device=self.device)
+            cond = cond | {"image_rotary_emb": get_3d_rotary_pos_embed(known.attention_head_dim, **size)}
         return super().denoise(x.transpose(1, 2), t, cond).transpose(1, 2)
 
     def decode(self, latents, picks):

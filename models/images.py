@@ -29,6 +29,21 @@ def read_image(path: str, height: int, width: int):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
+def from_image(call, x, t, image=None):
+    """f of a flow at time t on latents x (B, C, F, H, W); the first is the image's, if there is one.
+
+    call(x, times): the denoiser's f; times: (1, 1, 1), or (F, 1, 1) where the image's is 0.
+    image: (B, C, 1, H, W).
+    """
+    t = t.to(x.device).view(1, 1, 1)
+    if image is None:
+        return call(x, t)
+    times = t * (torch.arange(x.shape[2], device=x.device) > 0)[:, None, None]
+    f = call(torch.cat([image, x[:, :, 1:]], dim=2), times)
+    to_image = (x[:, :, :1] - image) * 1000 / t  # straight to it
+    return torch.cat([to_image, f[:, :, 1:]], dim=2)
+
+
 def read_rows(path: str, lines: dict[int, str], family) -> list[Prompt]:
     """The prompts of a file of {"prompt": ..., "image": ...} lines; either may be left out. Raises BadInput.
 

@@ -74,21 +74,18 @@ class LTX(TextToVideoUNet):
                 block.per_channel_scale1 = block.per_channel_scale2 = None
 
     def denoise(self, x, t, cond):
-        frames, height, width = x.shape[2:]
-        size = dict(num_frames=frames, height=height, width=width)
+        size = dict(zip(("num_frames", "height", "width"), x.shape[2:], strict=True))
         size["rope_interpolation_scale"] = (self.frames_per_latent / self.frame_rate, 32, 32)
         text = {name: value for name, value in cond.items() if name != "image"}
-        seen, times = x, t.to(self.device).expand(len(x))
-        if "image" in cond:  # the image's tokens come first and are at time 0
-            seen = torch.cat([cond["image"], x[:, :, 1:]], dim=2)
-            noisy = torch.arange(frames * height * width, device=self.device) >= height * width
-            times = times[:, None] * noisy
-        tokens = seen.flatten(2).transpose(1, 2).to(self.dtype)
-        f = self.denoiser(tokens, timestep=times, **text, **size, return_dict=False)[0]
-        f = f.transpose(1, 2).unflatten(2, x.shape[2:]).float()
-        if "image" in cond:  # what leads the first latent frame straight to the image
-            f = torch.cat([(x[:, :, :1] - cond["image"]) * 1000 / t.to(self.device), f[:, :, 1:]], dim=2)
-        return f
+
+        def call(x, times):
+            if len(times) > 1:  # a time for each token
+                times = times.expand(x.shape[2:])
+            tokens, times = x.flatten(2).transpose(1, 2).to(self.dtype), times.flatten().expand(len(x), -1)
+            f = self.denoiser(tokens, timestep=times, **text, **size, return_dict=False)[0]
+            return f.transpose(1, 2).unflatten(2, x.shape[2:]).float()
+
+        return pictures["from_image"](call, x, t, cond.get("image"))
 
     def decode(self, latents, picks):
         """As in vader.py. This VAE looks both ways in time and is cheap: it decodes all for any picks."""

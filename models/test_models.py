@@ -41,6 +41,8 @@ LATENT_VAE = dict(
     down_block_types=("DownEncoderBlock2D",) * 4, block_out_channels=(32,) * 4, layers_per_block=1
 )
 
+FLOW = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+
 
 def randomised(network):
     """With what diffusers sets to zero made random too, so that every part has a say."""
@@ -100,19 +102,29 @@ def build_t5_tokenizer():
     return transformers.T5TokenizerFast(vocab=vocabulary, extra_ids=0)
 
 
-def build_wan(folder: Path):
+def build_wan(folder: Path, kind="2.1"):
+    """kind: 2.1, 2.2 (of TI2V 5B's layout), anyflow."""
     heads = dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=48, freq_dim=32)
-    transformer = randomised(
-        diffusers.WanTransformer3DModel(**heads, text_dim=32, in_channels=16, out_channels=16)
-    )
+    heads |= dict(text_dim=32, in_channels=16, out_channels=16)
+    vae, stock, how = dict(base_dim=16, z_dim=16, dim_mult=[1, 2, 2, 2]), diffusers.WanPipeline, {}
+    network, scheduler = diffusers.WanTransformer3DModel, diffusers.UniPCMultistepScheduler(**FLOW)
+    if kind == "2.2":
+        how, means = dict(expand_timesteps=True), torch.randn(48) / 4
+        heads |= dict(in_channels=48, out_channels=48)
+        vae |= dict(decoder_base_dim=24, z_dim=48, is_residual=True, patch_size=2, scale_factor_spatial=16)
+        vae |= dict(in_channels=12, out_channels=12, temperal_downsample=[False, True, True])
+        vae |= dict(latents_mean=means.tolist(), latents_std=(means.abs() + 0.5).tolist())
+    if kind == "anyflow":
+        network, stock = diffusers.AnyFlowTransformer3DModel, diffusers.AnyFlowPipeline
+        scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)
     text = dict(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=64)
-    flow = dict(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    diffusers.WanPipeline(
+    stock(
         tokenizer=build_t5_tokenizer(),
         text_encoder=transformers.UMT5EncoderModel(transformers.UMT5Config(**text)),
-        transformer=transformer,
-        vae=diffusers.AutoencoderKLWan(base_dim=16, z_dim=16, dim_mult=[1, 2, 2, 2], num_res_blocks=1),
-        scheduler=diffusers.UniPCMultistepScheduler(**flow),
+        transformer=randomised(network(**heads)),
+        vae=diffusers.AutoencoderKLWan(**vae, num_res_blocks=1),
+        scheduler=scheduler,
+        **how,
     ).save_pretrained(folder)
 
 
@@ -124,11 +136,16 @@ def small_t5():
     )
 
 
-def build_cogvideox(folder: Path):
+def build_cogvideox(folder: Path, rotary=False):
+    """rotary: the positions of 5B."""
     heads = dict(num_attention_heads=2, attention_head_dim=16, num_layers=2, time_embed_dim=16)
     size = dict(sample_width=6, sample_height=4, sample_frames=9, in_channels=4, out_channels=4)
     transformer = diffusers.CogVideoXTransformer3DModel(
-        **heads, **size, text_embed_dim=32, max_text_seq_length=226
+        **heads,
+        **size,
+        text_embed_dim=32,
+        max_text_seq_length=226,
+        use_rotary_positional_embeddings=rotary,
     )
     vae = dict(block_out_channels=(8, 8, 8, 16), latent_channels=4, layers_per_block=1, norm_num_groups=2)
     levels = dict(rescale_betas_zero_snr=True, snr_shift_scale=3.0, timestep_spacing="trailing")
@@ -177,7 +194,11 @@ BUILDERS = {
     "animatediff-parts": functools.partial(build_animatediff, parts=True),
     "svd": build_svd,
     "wan": build_wan,
+    "wan22": functools.partial(build_wan, kind="2.2"),
+    "wan22-image": functools.partial(build_wan, kind="2.2"),
+    "anyflow": functools.partial(build_wan, kind="anyflow"),
     "cogvideox": build_cogvideox,
+    "cogvideox-5b": functools.partial(build_cogvideox, rotary=True),
     "ltx": build_ltx,
     "ltx-image": functools.partial(build_ltx, timed=True),
 }
@@ -192,14 +213,14 @@ def other(request, checkpoints, tmp_path, monkeypatch):
     kind, folder = request.param, checkpoints(request.param)
     if kind.startswith("animatediff"):
         monkeypatch.setattr(vader.find_model(str(folder))[0], "motion", str(folder / "adapter"))
-    tall = 2 if kind.startswith("ltx") else 1
-    how = dict(num_frames=9 if kind in ("cogvideox", "ltx", "ltx-image") else 5)
+    tall = 2 if kind.startswith(("ltx", "wan22")) else 1
+    how = dict(num_frames=9 if kind.startswith(("cogvideox", "ltx")) else 5)
     how |= dict(height=32 * tall, width=48 * tall, num_inference_steps=4, guidance_scale=3.0, batch_size=2)
     how |= dict(steps=1, eval_videos=2, grad_accum=1, lora_rank=4, out=str(tmp_path / "run"))
     how |= dict(backprop_steps=2, grad_steps="last", reward="colorful")
     for n, photo in enumerate(["cat", "rocket"]):
         shutil.copy(HERE / "tiny" / f"photo-{photo}.jpg", tmp_path / f"{n}.jpg")
-    file = tmp_path / ("prompts.jsonl" if kind in ("svd", "ltx-image") else "prompts.txt")
+    file = tmp_path / ("prompts.jsonl" if kind == "svd" or kind.endswith("image") else "prompts.txt")
     lines = [prompt.text for prompt in PROMPTS]
     if file.suffix == ".jsonl":
         lines = [json.dumps({"prompt": text, "image": f"{n}.jpg"}) for n, text in enumerate(lines)]
@@ -218,10 +239,13 @@ def stock_pipeline(kind, cfg):
             pipe = stock.from_pretrained(cfg.model, motion_adapter=adapter, dtype=torch.float32)
         spaced = dict(beta_schedule="linear", clip_sample=False, timestep_spacing="trailing")
         pipe.scheduler = diffusers.DDIMScheduler.from_config(pipe.scheduler.config, **spaced)
-    if kind == "wan":
+    if kind.startswith("wan"):
         pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     if kind == "ltx-image":
         pipe = diffusers.LTXImageToVideoPipeline(**pipe.components)
+    if kind == "wan22-image":
+        parts = {name: part for name, part in pipe.components.items() if part is not None}
+        pipe = diffusers.WanImageToVideoPipeline(**parts, expand_timesteps=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -230,7 +254,7 @@ def stock_frames(pipe, run, given):
     """Frames (B, F, 3, H, W) in [0, 1] of the stock pipeline, same noise."""
     cfg, noise, model = run.cfg, given.noise, run.model
     how = dict(num_frames=cfg.num_frames, height=cfg.height, width=cfg.width, output_type="pt")
-    how["num_inference_steps"] = cfg.num_inference_steps
+    how["num_inference_steps"], texts = cfg.num_inference_steps, [prompt.text for prompt in given.prompts]
     images = [Image.open(prompt.image).convert("RGB") for prompt in given.prompts if prompt.image]
     if isinstance(pipe, diffusers.StableVideoDiffusionPipeline):
         how |= dict(max_guidance_scale=cfg.guidance_scale)
@@ -241,6 +265,10 @@ def stock_frames(pipe, run, given):
         return torch.stack([torch.stack(list(part)) for part in parts])
     if isinstance(pipe, diffusers.CogVideoXPipeline):
         noise = noise.transpose(1, 2)
+    if isinstance(pipe, diffusers.WanImageToVideoPipeline):  # it takes one picture
+        given = zip(images, texts, noise.split(1), strict=True)
+        how["guidance_scale"] = cfg.guidance_scale
+        return torch.cat([pipe(image=i, prompt=p, latents=n, **how).frames for i, p, n in given])
     if isinstance(pipe, diffusers.LTXImageToVideoPipeline):
         # the stock pipeline samples the image's latent; ours is the mode, handed over in the first latents
         starts = [read_image(prompt.image, cfg.height, cfg.width) for prompt in given.prompts]
@@ -253,7 +281,6 @@ def stock_frames(pipe, run, given):
         noise = noise.flatten(2).transpose(1, 2)
         how |= dict(decode_timestep=model.decode_timestep, decode_noise_scale=model.decode_noise_scale)
         how["generator"] = vader.generator_for("decode noise")
-    texts = [prompt.text for prompt in given.prompts]
     return pipe(prompt=texts, latents=noise, guidance_scale=cfg.guidance_scale, **how).frames
 
 
@@ -319,9 +346,9 @@ def test_decode_takes_any_frames(other):
         (gradient,) = torch.autograd.grad(alone.sum(), latents)
         reached = gradient.abs().amax((0, 1, 3, 4)).nonzero().flatten().tolist()
         assert n in reached
-        if kind == "wan":
+        if kind.startswith(("wan", "anyflow")):
             assert reached == [n]
-        if kind == "cogvideox":  # chunks of latent frames: 0 to 2, 3 and 4, 5 and 6
+        if kind.startswith("cogvideox"):  # chunks of latent frames: 0 to 2, 3 and 4, 5 and 6
             assert min(reached) == (0 if n < 3 else 2 * ((n - 1) // 2) + 1)
 
 
@@ -419,17 +446,15 @@ def test_tables_of_euler_steps(steps):
 
 
 def test_what_a_family_can_not_do_is_one_line(checkpoints, prompts_file, tmp_path, capsys):
-    config = Path(shutil.copytree(checkpoints("cogvideox"), tmp_path / "5b")) / "transformer" / "config.json"
-    config.write_text(
-        config.read_text().replace('positional_embeddings": false', 'positional_embeddings": true')
-    )
+    config = Path(shutil.copytree(checkpoints("cogvideox"), tmp_path / "1.5")) / "transformer" / "config.json"
+    config.write_text(config.read_text().replace('patch_size_t": null', 'patch_size_t": 2'))
     cases = [
         (checkpoints("wan"), "--eta 0.5", "--eta adds noise"),
         (checkpoints("wan"), "--num_frames 6", "1 more than a multiple of 4"),
         (checkpoints("wan"), "--height 40", "multiples of 16"),
         (checkpoints("ltx"), "--num_inference_steps 1", "--num_inference_steps must be 2 or more"),
         (checkpoints("svd"), "", "starts from an image"),
-        (tmp_path / "5b", "", "rotary positions"),
+        (tmp_path / "1.5", "", "is a CogVideoX 1.5"),
     ]
     capsys.readouterr()  # what building them said
     for model, flags, expected in cases:

@@ -1,16 +1,31 @@
-"""Wan 2.1 text to video (2025): a flow transformer, a causal VAE of 4 frames a latent, a UMT5 encoder."""
+"""Wan 2.1, Wan 2.2 TI2V 5B, AnyFlow: flow transformers, a causal VAE of 4 frames a latent, UMT5."""
 
 import functools
 
 import diffusers
 import torch
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch.utils.checkpoint import checkpoint
 
+import rewards
 from rewards import need
-from vader import HERE, PUBLISHED, TINY, TextToVideoUNet, read_config, straight_through_clamp, tabulate
+from vader import (
+    HERE,
+    PUBLISHED,
+    TINY,
+    TextToVideoUNet,
+    borrow,
+    read_config,
+    straight_through_clamp,
+    tabulate,
+)
+
+pictures = borrow("images", "image to video")
 
 
 class Wan(TextToVideoUNet):
+    """Wan 2.1 1.3B (2025)."""
+
     wan = dict(source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", num_frames=33, height=320, width=576)
     wan |= PUBLISHED | dict(num_inference_steps=20, guidance_scale=5.0, lr=1e-4)
     wan |= dict(steps=100, eval_every=25, grad_accum=2)  # hours on a small card, not days
@@ -29,16 +44,32 @@ class Wan(TextToVideoUNet):
 
     def schedule(self, cfg):
         """Euler steps of rectified flow (Liu et al. 2022): x = (1 - sigma) x0 + sigma noise, f its slope."""
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=self.shift())
+        scheduler.set_timesteps(cfg.num_inference_steps)
+        return tabulate(scheduler)
+
+    def shift(self) -> float:
+        """How much more of the steps lies where there is much noise, by the scheduler's config."""
         config = read_config(self.source, "scheduler/scheduler_config.json")
         shift = config.get("flow_shift") or config.get("shift", 1.0)
         need(0 < shift < 100, f"{self.source}: the scheduler's shift must be above 0, not {shift}")
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
-        scheduler.set_timesteps(cfg.num_inference_steps)
-        return tabulate(scheduler)
+        return shift
+
+    @classmethod
+    def skeleton(cls, source):
+        vae = read_config(source, "vae/config.json")
+        same = vae.get("scale_factor_spatial", 8) == cls.scale
+        need(same, f"{source}: no code for a VAE of another scale than {cls.scale}")
+        return super().skeleton(source)
 
     def encode_text(self, pipe, text):
         how = dict(do_classifier_free_guidance=False, max_sequence_length=self.max_tokens, device=self.device)
         return {"encoder_hidden_states": pipe.encode_prompt(text, **how)[0][0]}
+
+    def statistics(self, vae):
+        """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1) each."""
+        known = [vae.config.latents_mean, vae.config.latents_std]
+        return torch.tensor(known, device=self.device)[..., None, None, None]
 
     def recompute(self):
         super().recompute()
@@ -49,9 +80,7 @@ class Wan(TextToVideoUNet):
 
         Frames are exact; their gradient reaches the picked latent frames, not those before them.
         """
-        config, graph = self.vae.config, torch.is_grad_enabled()
-        statistics = torch.tensor([config.latents_mean, config.latents_std], device=self.device)
-        mean, std = statistics[..., None, None, None]
+        graph, (mean, std) = torch.is_grad_enabled(), self.statistics(self.vae)
         hidden = self.vae.post_quant_conv((latents * std + mean).to(self.dtype))
         convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in self.vae.decoder.modules())
         cache, parts = [None] * convolutions, []
@@ -60,8 +89,62 @@ class Wan(TextToVideoUNet):
                 piece = hidden[:, :, i : i + 1]
                 frames = self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
             if i in picks:
-                parts.append(frames)
+                parts.append(unpatchify(frames, self.vae.config.patch_size or 1))
         return straight_through_clamp(torch.cat(parts, dim=2).transpose(1, 2).float() / 2 + 0.5)
+
+
+class Wan22(Wan):
+    """Wan 2.2 TI2V 5B: a VAE of 16 x 16 pixels, and a time for each token: the first may be an image's."""
+
+    wan22 = Wan.wan | dict(source="Wan-AI/Wan2.2-TI2V-5B-Diffusers", num_frames=33, height=320, width=576)
+    presets = {"wan2.2-5b": wan22}
+    multiple, scale, images = 32, 16, "may"
+
+    @torch.no_grad()
+    def encode(self, prompts, cfg):
+        conds, starts = super().encode(prompts, cfg), [prompt for prompt in prompts if prompt.image]
+        if starts:
+            vae = rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype).to(self.device)
+            mean, std = self.statistics(vae)
+        for prompt in starts:
+            picture = pictures["read_image"](prompt.image, cfg.height, cfg.width)[None, :, None] * 2 - 1
+            latent = vae.encode(picture.to(self.device, self.dtype)).latent_dist.mode()[0].float()
+            conds[prompt]["image"] = (latent - mean) / std  # (C, 1, H / 16, W / 16)
+        return conds
+
+    def denoise(self, x, t, cond):
+        text = cond["encoder_hidden_states"]
+
+        def call(x, times):
+            if len(times) > 1:  # a time for each token
+                times = times.expand(-1, x.shape[3] // 2, x.shape[4] // 2)
+            times = times.flatten().expand(len(x), -1)
+            return self.denoiser(x.to(self.dtype), times, text, return_dict=False)[0].float()
+
+        return pictures["from_image"](call, x, t, cond.get("image"))
+
+
+class AnyFlow(Wan):
+    """AnyFlow (Gu et al. 2026, arXiv 2605.13724), Wan 2.1 in few steps: f is the mean slope from t to r."""
+
+    anyflow = Wan.wan | dict(source="nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", num_inference_steps=4)
+    presets = {"anyflow": anyflow | dict(guidance_scale=1.0)}
+
+    text_pipeline = lora_pipeline = diffusers.AnyFlowPipeline
+    denoiser_class = diffusers.AnyFlowTransformer3DModel
+    checkpointed = ("AnyFlowTransformerBlock",)
+
+    def schedule(self, cfg):
+        """t: (T, 2), a step's time and the next one's."""
+        scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=self.shift())
+        scheduler.set_timesteps(cfg.num_inference_steps)
+        schedule = tabulate(scheduler)
+        return schedule._replace(t=torch.stack([schedule.t, 1000 * scheduler.sigmas[1:]], dim=1))
+
+    def denoise(self, x, t, cond):
+        t, r = t.to(self.device)[:, None, None].expand(2, len(x), x.shape[2])
+        given = dict(timestep=t, r_timestep=r, **cond)
+        return self.denoiser(x.transpose(1, 2).to(self.dtype), **given, return_dict=False)[0].transpose(1, 2)
 
 
 def checkpoint_cached_blocks(vae):
