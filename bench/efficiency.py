@@ -1,13 +1,14 @@
 """Reward on held-out prompts against reward queries and seconds: VADER, our best setting, DDPO, DPO.
 
-    python bench/efficiency.py                        # every run, about 2 3/4 hours of a core
+    python bench/efficiency.py                        # every run, about 3 1/2 hours of a core
     python bench/efficiency.py --rewards hps          # only these rewards' runs (--methods, --seeds likewise)
     python bench/efficiency.py --sweep                # learning rate x batch: sweep.csv, 35 minutes of a core
 
-On the tiny text-to-video model, 5 sampling steps for all. A query is one video scored. Seconds are the
-processor's in the updates (evaluations left out), on the one thread that a run uses: start several commands
-to use more cores, and compare only what one machine made. Each run keeps its rows and a checkpoint in
-runs/efficiency/ and goes on from there; the CSV keeps the rows of runs that are gone.
+On the tiny text-to-video model, 5 sampling steps for all but `ten`, its own guided steps, and `few`, four
+from tiny/few, which are compared with each other. A query is one video scored. Seconds are the processor's in
+the updates (evaluations left out), on the one thread that a run uses: start several commands to use more
+cores, and compare only what one machine made. Each run keeps its rows and a checkpoint in runs/efficiency/
+and goes on from there; the CSV keeps the rows of runs that are gone.
 VADER's image rewards see one frame of each video; DDPO and DPO, which pay no gradient, see all, which makes
 their reward less noisy. Evaluation is the same for all: DDIM without noise, all frames of 32 videos of
 held-out prompts, the same noise.
@@ -43,8 +44,14 @@ RUNS = HERE.parent / "runs" / "efficiency"
 REWARDS, SEEDS, VIDEOS = ("aesthetic", "hps", "action"), (0, 1, 2), 32
 STEPS, MARKS = 5, (0.25, 0.5, 1)  # of sampling; shares of the queries after which to evaluate
 # the evaluations in frames.png
-SHOWN = "base-aesthetic-trailing", "vader-aesthetic-1/0020", "vader-aesthetic-1/0080", "ddpo-aesthetic-1/0200"
-BEST = dict(backprop_steps=3, grad_steps="last", detach_uncond=True)
+SHOWN = "aesthetic-5-trailing", "vader-aesthetic-1/0020", "vader-aesthetic-1/0080", "ddpo-aesthetic-1/0200"
+# settings of vader.Config; learning rate and batch are the best of sweep.csv, those of BEST are VADER's
+SWEPT, DPO = dict(lr=3e-3, batch_size=2), dict(lr=3e-3, batch_size=4)
+DDPO = DPO | dict(eta=1.0, grad_accum=2)
+BEST = SWEPT | dict(backprop_steps=3, grad_steps="last", detach_uncond=True)
+TEN = SWEPT | dict(num_inference_steps=10)
+LOW = dict(lr=1e-3)  # the default of tiny
+FEW = SWEPT | dict(num_inference_steps=4, guidance_scale=1.0, base_lora=str(HERE.parent / "tiny" / "few"))
 
 
 def vader_update(run, prompts, step, optimizer) -> dict:
@@ -58,6 +65,7 @@ class Method:
     """update(run, prompts, step, optimizer) -> {"reward", "queries"}; settings: of vader.Config.
 
     queries: how many one run may use; rates x batches: learning rates and settings that `--sweep` tries.
+    goal: the method whose end is to be reached.
     """
 
     label: str
@@ -66,29 +74,20 @@ class Method:
     queries: int
     rates: tuple = ()
     batches: tuple = ()
+    goal: str = "vader"
 
 
 RATES, TWO_OR_FOUR = (1e-3, 3e-3), ({"batch_size": 2}, {"batch_size": 4})
-# learning rate and batch are the best of sweep.csv; those of ours are VADER's
+FOUR_OR_EIGHT = {"batch_size": 4}, {"batch_size": 8}
 METHODS = {
-    "vader": Method("VADER, K = 1", vader_update, {"lr": 3e-3, "batch_size": 2}, 80, RATES, TWO_OR_FOUR),
-    "best": Method("ours", vader_update, BEST | {"lr": 3e-3, "batch_size": 2}, 80, RATES, TWO_OR_FOUR),
-    "ddpo": Method(
-        "DDPO",
-        functools.partial(ddpo.update, epochs=2),
-        {"eta": 1.0, "lr": 3e-3, "batch_size": 4, "grad_accum": 2},
-        200,
-        RATES,
-        ({"batch_size": 4, "grad_accum": 2}, {"batch_size": 8, "grad_accum": 2}),
-    ),
-    "dpo": Method(
-        "DPO",
-        functools.partial(dpo.update, draws=4),
-        {"lr": 3e-3, "batch_size": 4},
-        200,
-        RATES,
-        ({"batch_size": 4}, {"batch_size": 8}),
-    ),
+    "vader": Method("VADER, K = 1", vader_update, SWEPT, 80, RATES, TWO_OR_FOUR),
+    "best": Method("ours", vader_update, BEST, 80, RATES, TWO_OR_FOUR),
+    "ddpo": Method("DDPO", functools.partial(ddpo.update, epochs=2), DDPO, 200, RATES, FOUR_OR_EIGHT),
+    "dpo": Method("DPO", functools.partial(dpo.update, draws=4), DPO, 200, RATES, FOUR_OR_EIGHT),
+    "ten": Method("ten guided steps, 3e-3", vader_update, TEN, 80, RATES, TWO_OR_FOUR, "ten"),
+    "few": Method("tiny/few, 3e-3", vader_update, FEW, 120, RATES, TWO_OR_FOUR, "ten"),
+    "ten-low": Method("ten guided steps, 1e-3", vader_update, TEN | LOW, 80, goal="ten-low"),
+    "few-low": Method("tiny/few, 1e-3", vader_update, FEW | LOW, 120, goal="ten-low"),
 }
 
 
@@ -101,15 +100,15 @@ def open_run(settings: dict, reward: str, seed: int):
     run = vader.load_run(cfg, source, family, prompts + held_out)
     optimizer = vader.make_optimizer(run)
     # everybody is judged by the same deterministic sampler and the same noise
-    quiet = dict(eta=0.0, seed=0, batch_size=4, num_inference_steps=STEPS, out=str(RUNS))
-    quiet = dataclasses.replace(cfg, **quiet)
+    quiet = dataclasses.replace(cfg, eta=0.0, seed=0, batch_size=4, out=str(RUNS))
     judge = dataclasses.replace(run, cfg=quiet, schedule=run.model.schedule(quiet))
     return run, optimizer, prompts, [held_out[n % len(held_out)] for n in range(VIDEOS)], judge
 
 
 def base_values(judge, held_out: list[vader.Prompt], reward: str) -> list[float]:
     """The rewards before any update: a new LoRA changes nothing, so they are the same for all runs."""
-    file = RUNS / f"base-{reward}-{judge.cfg.timestep_spacing}.json"
+    cfg = judge.cfg
+    file = RUNS / f"{reward}-{cfg.num_inference_steps}-{cfg.timestep_spacing}.json"
     if not file.exists():
         vader.write_whole(file, json.dumps(vader.evaluate(judge, held_out, file.stem)["reward"]))
     return json.loads(file.read_text())
@@ -208,16 +207,17 @@ def summary(rows: list[dict]) -> list[dict]:
     """
     found = []
     for reward, key in itertools.product(REWARDS, METHODS):
-        lines = {name: curves(rows, name, reward, "queries") for name in (key, "ddpo", "vader")}
+        method = METHODS[key]
+        lines = {name: curves(rows, name, reward, "queries") for name in (key, "ddpo", method.goal)}
         if any(line is None for line in lines.values()):
             continue
         (queries, y), (seconds, _) = lines[key], curves(rows, key, reward, "seconds")
         gains = y[:, -1] - y[:, 0]
         spread = f"{gains.mean():+.3f} ({gains.min():+.3f} to {gains.max():+.3f})"
-        row = {"reward": reward, "method": METHODS[key].label, "seeds": len(y), "gain": spread}
+        row = {"reward": reward, "method": method.label, "seeds": len(y), "gain": spread}
         row |= {"videos": f"{queries[-1]:.0f}", "seconds": f"{seconds[-1]:.0f}"}
         after = {name: y.mean(0)[1:] for name, (_, y) in lines.items()}  # without the base model
-        goals = {"DDPO's best": after["ddpo"].max(), "VADER's end": after["vader"][-1]}
+        goals = {"DDPO's best": after["ddpo"].max(), "VADER's end": after[method.goal][-1]}
         for name, goal in goals.items():
             there = 1 + np.flatnonzero(after[key] >= goal)
             row[name] = f"{queries[there[0]]:.0f} in {seconds[there[0]]:.0f} s" if len(there) else "-"
@@ -236,7 +236,7 @@ def figure(rows: list[dict], file: Path):
         ax = axes[line][column]
         for number, (key, method) in enumerate(METHODS.items()):
             drawn = curves(rows, key, reward, axis)
-            if drawn is None:
+            if drawn is None or method.goal != "vader":
                 continue
             x, y = drawn
             label = f"{method.label} ({len(y)})" if not line and not column else None
