@@ -64,8 +64,8 @@ def deltas(run):
 
 
 def header(file):
-    with safe_open(file, "pt") as opened:
-        return opened.metadata()
+    data = file.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
 
 
 # ---- ComfyUI's file ----------------------------------------------------------------------------------------
@@ -139,6 +139,8 @@ def test_headers_tell_what_a_lora_is(cfg, tmp_path):
     name = Path(cfg.model).name
     for file in ("comfyui.safetensors", "pytorch_lora_weights.safetensors"):
         told = header(tmp_path / "lora" / file)
+        with safe_open(tmp_path / "lora" / file, "pt") as opened:
+            assert opened.metadata() == told and [*told] == sorted(told)
         assert (
             told["modelspec.sai_model_spec"] == "1.0.1" and told["modelspec.title"] == f"colorful on {name}"
         )
@@ -231,9 +233,11 @@ def test_a_push_that_fails_loses_nothing_and_is_made_again(hub, settings, capsys
     before = vader.read_metrics(Path(cfg.out))
     assert vader.main([*command(cfg), "--resume"]) == 0
     assert len(hub.pushed) == 1 and vader.read_metrics(Path(cfg.out)) == before
+    vader.train(replace(cfg, resume=True, push_to_hub="me/other"))  # another name, or one at last
+    assert [repo for repo, _ in hub.pushed] == ["me/bright", "me/other"]
     card = huggingface_hub.ModelCard.load(Path(cfg.out) / "hub" / "README.md")
     assert card.data.library_name == "peft" and "Held out" not in card.text and "ComfyUI" not in card.text
-    assert 'pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, "me/bright")' in card.text
+    assert 'pipe.unet = peft.PeftModel.from_pretrained(pipe.unet, "me/other")' in card.text
     assert "TextToVideoSDPipeline" in card.text
 
 
