@@ -16,7 +16,7 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
 
 Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. What a
 flag asks for is in models/, and `borrow` reads it: more models, .jsonl prompts, --lora, --base_lora,
---quantize, --tracker, --mode.
+--quantize, --tracker, --push_to_hub, --mode.
 """
 
 import contextlib
@@ -133,6 +133,7 @@ class Config:
     eval_every: int | None = arg(None, "updates between evaluations; one more before, one after")
     eval_videos: int = arg(16, "videos per evaluation, each time the same prompts and seeds; 0: none")
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "where to log as well")
+    push_to_hub: str | None = arg(None, "owner/name: where the LoRA goes at the end; public if it is new")
     device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto is cuda where there is one")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = arg("auto", "bf16 if the GPU can, else fp16; CPU fp32")
 
@@ -217,16 +218,15 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     name = getattr(reward, "__name__", "custom") if reward else cfg.reward
     # "remove:book + 0.5*hps" becomes the folder name remove-book-0.5-hps
-    label = re.sub(r"[^\w.]+", "-", f"{name}-{Path(model).name if '/' in model else model}").strip("-")
+    label = re.sub(r"[^\w.]+", "-", f"{cfg.mode}-{name}-{Path(model).name if '/' in model else model}")
     found = preset | dict(grad_steps=family.grad_steps, checkpointing=device != "cpu")
     found |= dict(lora_alpha=cfg.lora_rank or preset["lora_rank"], lora_targets="to_q,to_k,to_v,to_out.0")
-    found["dtype"] = half if cuda else "fp32"
-    found["out"] = f"runs/{label}" if cfg.mode == "train" else f"runs/{cfg.mode}-{label}"
+    found |= dict(dtype=half if cuda else "fp32", out=f"runs/{label.removeprefix('train-').strip('-')}")
     given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto", "none")}
     family.skeleton(source)  # raises when the checkpoint needs code that the family lacks
-    asked = [flag for flag in ("lora", "base_lora", "lora_targets", "quantize", "tracker") if flag in given]
+    asked = given.keys() & {"lora", "base_lora", "lora_targets", "quantize", "tracker", "push_to_hub"}
     if asked:  # what models/ holds the code for, it checks; --lora has its own rank, alpha and targets
-        found |= borrow("flags", f"--{asked[0]}")["check_flags"](cfg, family, source, device, given)
+        found |= borrow("flags", f"--{min(asked)}")["check_flags"](cfg, family, source, device, given)
     found |= given | {"model": model, "device": device, "reward": name}
     cfg = replace(cfg, **{name: found[name] for name in vars(cfg).keys() & found.keys()})
 
@@ -388,7 +388,7 @@ class TextToVideoUNet:
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
-        self.denoiser = self.vae = self.base_lora = None
+        self.denoiser, self.vae, self.fused = None, None, ""  # what --base_lora did, for a LoRA's README.md
 
     @classmethod
     def skeleton(cls, source) -> torch.nn.Module:
@@ -430,8 +430,7 @@ class TextToVideoUNet:
         return pipeline(**parts).to(self.device)
 
     def encode_text(self, pipe, text: str) -> dict:
-        states, _ = pipe.encode_prompt(text, self.device, 1, do_classifier_free_guidance=False)
-        return {"encoder_hidden_states": states[0]}
+        return {"encoder_hidden_states": pipe.encode_prompt(text, self.device, 1, False)[0][0]}
 
     def load(self):
         """Load the denoiser and the VAE, frozen, without dropout (recomputing must give the same numbers)."""
@@ -624,17 +623,18 @@ def write_whole(path: Path, content: str | bytes):
     os.replace(temporary, path)
 
 
-def save_lora(model, folder: Path):
-    """Write the LoRA for `PeftModel.from_pretrained`, and for stock `load_lora_weights` where it works."""
+def save_lora(model, folder: Path, cfg: Config | None = None):
+    """Write the LoRA for PEFT; for stock `load_lora_weights` and ComfyUI where they can; cfg: for headers."""
     staging, config = folder.with_name(".tmp-vader-lora"), model.denoiser.peft_config["default"]
     base = Path(model.source).name if Path(model.source).exists() else model.source
     model.denoiser.get_base_model().register_to_config(_name_or_path=base)
     config.base_model_name_or_path = base
-    more = f", after the LoRA {model.base_lora} was fused into it: load both" * bool(model.base_lora)
-    write_whole(staging / "README.md", f"A LoRA trained by reward gradients (VADER) on {base}{more}.\n")
+    if isinstance(config.target_modules, set):  # in another order in each process
+        config.target_modules = sorted(config.target_modules)
+    write_whole(staging / "README.md", f"A LoRA made by reward gradients (VADER) on {base}{model.fused}.\n")
     model.denoiser.save_pretrained(staging, save_embedding_layers=False)
     if model.lora_pipeline:
-        borrow("lora", "the LoRA's other format")["save_stock"](model, staging)
+        borrow("lora", "the LoRA's other format")["save_stock"](model, staging, cfg)
     for file in staging.iterdir():  # whole, and as readable as others: safetensors' own are private
         write_whole(folder / file.name, file.read_bytes())
     shutil.rmtree(staging)
@@ -666,7 +666,7 @@ def append_metrics(out: Path, row: dict, track=None):
 
 def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | None]:
     """What must stay when a run goes on, and its checkpoint; None before its first one. Raises BadInput."""
-    free = {"out", "resume", "steps", "eval_every", "tracker", "device", "prompts", "eval_prompts"}
+    free = set("out resume steps eval_every tracker push_to_hub device prompts eval_prompts".split())
     places = {"model", "lora", "base_lora", "reward_weights", "vlm"}  # the same by another path
     now = {name: value for name, value in vars(cfg).items() if name not in free}
     used = [(text, image and Path(image).is_file() and Path(image).read_bytes()) for text, image in prompts]
@@ -823,9 +823,8 @@ def paired_gain(base: list[float], tuned: list[float]) -> tuple[float, float]:
 
 
 def summary(base: list[float], tuned: list[float]) -> str:
-    (gain, error), (before, after) = paired_gain(base, tuned), np.array([base, tuned], float).mean(1)
-    change = f"{gain:+.3f}, standard error {error:.3f}, {len(base)} videos, paired seeds"
-    return f"{before:.3f} -> {after:.3f} ({change})"
+    (gain, error), n, (old, new) = paired_gain(base, tuned), len(base), np.array([base, tuned], float).mean(1)
+    return f"{old:.3f} -> {new:.3f} ({gain:+.3f}, standard error {error:.3f}, {n} videos, paired seeds)"
 
 
 def write_page(cfg: Config, rows: list[dict]):
@@ -843,10 +842,9 @@ def write_page(cfg: Config, rows: list[dict]):
 # ---- 8. Training -------------------------------------------------------------------------------------------
 def micro_batch(run: Run, prompts: list[Prompt], step: int, number: int, scale=1.0):
     """Rollout, score, walk back: adds to the LoRA's gradients -> the rewards' figures, {name: (B,)}."""
-    cfg, model, generator = run.cfg, run.model, generator_for(run.cfg.seed, step, number)
-    noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=generator).to(model.device)
-    picks, trained = pick_latent_frames(run, generator), trained_steps(run)
-    batch = make_batch(run, prompts, noise, generator, picks, trained, scale)
+    cfg, model, draw = run.cfg, run.model, generator_for(run.cfg.seed, step, number)
+    noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=draw).to(model.device)
+    batch = make_batch(run, prompts, noise, draw, pick_latent_frames(run, draw), trained_steps(run), scale)
     bring(run, denoiser=True, scoring=not cfg.offload)
     latents = rollout(run, batch)
     bring(run, denoiser=not cfg.offload, scoring=True)
@@ -947,7 +945,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
                         raise FloatingPointError(f"ten {what}, seed {cfg.seed}: {way}")
                     if rank == 0:
                         append_metrics(out, row | {"skipped": skipped}, track)
-                        save_lora(model, out / "lora")
+                        save_lora(model, out / "lora", cfg)
                         save_checkpoint(run, optimizer, scaler, step=step + 1, skipped=skipped)
                     shown = ("reward", "grad_norm", "seconds", "memory_gb")
                     bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
@@ -956,6 +954,8 @@ def train(cfg: Config, reward=None) -> list[dict]:
         print(f"done: {page}; the LoRA is in {out}/lora")
         if world > 1:
             dist.destroy_process_group()
+        if rank == 0 and cfg.push_to_hub:
+            borrow("hub", "--push_to_hub")["push"](cfg, read_metrics(out))
         return read_metrics(out)
 
 

@@ -22,7 +22,8 @@ def prepare(model, cfg):
         fused = peft.get_peft_model(model.denoiser, config)
         peft.set_peft_model_state_dict(fused, state)
         model.denoiser = fused.merge_and_unload().eval().requires_grad_(False)
-        model.base_lora = Path(cfg.base_lora).name if Path(cfg.base_lora).exists() else cfg.base_lora
+        name = Path(cfg.base_lora).name if Path(cfg.base_lora).exists() else cfg.base_lora
+        model.fused = f", after the LoRA {name} was fused into it: load both"
     if cfg.quantize != "none":
         quantize(model.denoiser, cfg.quantize, model.dtype)
 
@@ -68,13 +69,15 @@ def read_base(source: str, family, skeleton) -> tuple[peft.LoraConfig, dict]:
         if family.lora_pipeline and not any(key.startswith("base_model.model.") for key in state):
             found = family.lora_pipeline.lora_state_dict(state)
             state, alphas = found if isinstance(found, tuple) else (found, {})
+            alphas = (alphas or {}) | {key: state[key] for key in state if key.endswith(".alpha")}
+            state = {key: value for key, value in state.items() if key not in alphas}
             if family.folder == "unet":
                 state = diffusers.utils.convert_unet_state_dict_to_peft(state)
     own = re.compile(rf"^(base_model\.model\.|{family.folder}\.)")
     state = {own.sub("", key): value for key, value in state.items()}
     ranks = {key.removesuffix(".lora_A.weight"): len(w) for key, w in state.items() if ".lora_A." in key}
     need(ranks, f"{where}: there is no LoRA in it, in PEFT's format or the pipeline's in diffusers")
-    scales = {own.sub("", key).removesuffix(".alpha"): float(alpha) for key, alpha in (alphas or {}).items()}
+    scales = {own.sub("", key).removesuffix(".alpha"): float(alpha) for key, alpha in alphas.items()}
     scales = {name: scales.get(name, rank) for name, rank in ranks.items()}
     with reading(f"{where} was made for another model"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of what does not fit: that is an error here

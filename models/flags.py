@@ -13,7 +13,7 @@ def check_flags(cfg, family, source: str, device: str, given: dict) -> dict:
     """Rank, alpha and targets that --lora has, as settings. given: the user's.
 
     Raises BadInput unless --lora and --base_lora fit the denoiser, --lora_targets are linear layers of it,
-    and what --quantize and --tracker need is installed.
+    what --quantize and --tracker need is installed, and the hub would take a --push_to_hub.
     """
     found, lora = {}, borrow("lora", "--lora")
     if cfg.base_lora:
@@ -31,5 +31,7 @@ def check_flags(cfg, family, source: str, device: str, given: dict) -> dict:
         library = LIBRARIES.get(kind, kind)
         ready = kind == "none" or importlib.util.find_spec(library)
         need(ready, f"--{flag} {kind} is not installed: pip install {library}")
+    if cfg.push_to_hub:
+        borrow("hub", "--push_to_hub")["check_hub"](cfg)
     need(cfg.quantize != "nf4" or device.startswith("cuda"), "--quantize nf4 is for CUDA GPUs: take int8")
     return found

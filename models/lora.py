@@ -1,12 +1,13 @@
-"""--lora: what a trained LoRA must be before a model loads; and a LoRA in stock diffusers' format."""
+"""--lora: what a trained LoRA must be before a model loads; and a LoRA for diffusers and ComfyUI."""
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import peft
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rewards import need, read_json, reading
 
@@ -64,10 +65,54 @@ def check_targets(targets: str, skeleton):
         need(good, f"--lora_targets {target!r}: give the ends of linear layers' names, as to_q,to_v")
 
 
-def save_stock(model, folder: Path):
-    """Write the LoRA for `load_lora_weights` of the model's stock pipeline, beside PEFT's files."""
+def save_stock(model, folder: Path, cfg=None):
+    """Write the LoRA for `load_lora_weights` of the model's stock pipeline, beside PEFT's files; for ComfyUI.
+
+    cfg: the run's, of which the headers tell, by ModelSpec 1.0.1; without it they hold what loading needs.
+    """
     weights = peft.get_peft_model_state_dict(model.denoiser, save_embedding_layers=False)
     weights = {name.removeprefix("base_model.model."): w for name, w in weights.items()}
     config = model.denoiser.peft_config["default"].to_dict()
     given = {"lora_layers": weights, "lora_adapter_metadata": config}
     model.lora_pipeline.save_lora_weights(folder, **{f"{model.folder}_{k}": v for k, v in given.items()})
+    files, base, told = ["pytorch_lora_weights.safetensors"], config["base_model_name_or_path"], {}
+    if hasattr(model, "comfy_names"):
+        files.append("comfyui.safetensors")
+        save_file(comfy_state(model), folder / files[1], {"format": "pt"})
+    if cfg:
+        told = dict(sai_model_spec="1.0.1", implementation="diffusers", tags="lora, vader, text-to-video")
+        told |= dict(title=f"{cfg.reward} on {base}", architecture=f"{Path(base).name}/lora")
+        told |= dict(description=f"A LoRA made by reward gradients (VADER) on {base}{model.fused}")
+        told |= dict(resolution=f"{cfg.width}x{cfg.height}")
+        told = {f"modelspec.{name}": value for name, value in told.items()}
+        told |= {"vader.base_model": base, "vader.reward": cfg.reward}
+    for name in files:
+        add_header(folder / name, told)
+
+
+def comfy_state(model) -> dict:
+    """The LoRA by ComfyUI's names: those of the original checkpoint, by `comfy_names` of the model's class.
+
+    It scales by alpha / rank where there is an alpha, else by 1, and so do diffusers' converters, but these
+    refuse some alphas. So there is none, and lora_B has that factor in it.
+    """
+    state = {}
+    for name, layer in model.denoiser.get_base_model().named_modules():
+        if isinstance(layer, peft.tuners.lora.LoraLayer):
+            for ours, theirs in model.comfy_names.items():
+                name = name.replace(ours, theirs)
+            down, up = (matrix["default"].weight.detach() for matrix in (layer.lora_A, layer.lora_B))
+            state[f"diffusion_model.{name}.lora_A.weight"] = down
+            state[f"diffusion_model.{name}.lora_B.weight"] = up * layer.scaling["default"]
+    return state
+
+
+def add_header(file: Path, told: dict[str, str]):
+    """Add to what the header of a .safetensors file tells, in order: the library's own order is random."""
+    data = file.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted((header["__metadata__"] | told).items()))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers behind it are aligned
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])

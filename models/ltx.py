@@ -34,6 +34,8 @@ class LTX(TextToVideoUNet):
     scale, frames_per_latent = 32, 8
     stochastic, images = False, "may"
     max_tokens = 128
+    # parts of layers' names in the original checkpoint, which ComfyUI reads
+    comfy_names = {"proj_in": "patchify_proj", "time_embed.": "adaln_single."}
     frame_rate = 25  # frames per second, told to the denoiser
     decode_timestep, decode_noise_scale = 0.05, 0.025  # for a VAE that takes a timestep (0.9.1 and later)
 

@@ -40,6 +40,13 @@ class Wan(TextToVideoUNet):
     multiple, frame_multiple = 16, 4
     scale, frames_per_latent = 8, 4
     stochastic, max_tokens = False, 512
+    # parts of layers' names in the original checkpoint, which ComfyUI reads
+    comfy_names = {"attn1": "self_attn", "attn2": "cross_attn", "to_out.0": "o"}
+    comfy_names |= {"to_q": "q", "to_k": "k", "to_v": "v", "add_k_proj": "k_img", "add_v_proj": "v_img"}
+    comfy_names |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "proj_out": "head.head"}
+    comfy_names |= {"image_embedder": "img_emb", "ff.net.0.proj": "proj.1", "ff.net.2": "proj.3"}
+    comfy_names |= {"text_embedder": "text_embedding", "time_embedder": "time_embedding", "linear_1": "0"}
+    comfy_names |= {"linear_2": "2", "time_proj": "time_projection.1", "condition_embedder.": ""}
     grad_steps = "strongest"  # the last step has a leverage of 0.009, the strongest of 30 has 0.095
 
     def schedule(self, cfg):
