@@ -25,7 +25,12 @@ def open_image(path: str) -> Image.Image:
 
 def read_image(path: str, height: int, width: int):
     """A picture file, resized, as (3, H, W) float32 in [0, 1]. Raises BadInput."""
-    picture = open_image(path).resize((width, height), Image.Resampling.LANCZOS)
+    return to_tensor(open_image(path), height, width)
+
+
+def to_tensor(picture: Image.Image, height: int, width: int):
+    """A picture, resized, as (3, H, W) float32 in [0, 1]."""
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 

@@ -59,13 +59,17 @@ class LTX(TextToVideoUNet):
     def encode(self, prompts, cfg):
         conds, starts = super().encode(prompts, cfg), [prompt for prompt in prompts if prompt.image]
         if starts:
-            vae = rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype).to(self.device)
-            mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
+            self.vae = rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype).to(self.device)
         for prompt in starts:
-            picture = pictures["read_image"](prompt.image, cfg.height, cfg.width)[None, :, None] * 2 - 1
-            latent = vae.encode(picture.to(self.device, self.dtype)).latent_dist.mode()[0].float()
-            conds[prompt]["image"] = (latent - mean) / std  # (C, 1, H / 32, W / 32)
+            conds[prompt] |= self.start(pictures["open_image"](prompt.image), cfg)
         return conds
+
+    def start(self, picture, cfg):
+        """What `denoise` is told of the picture that a video starts from, without batch dimension."""
+        vae, pixels = self.vae, pictures["to_tensor"](picture, cfg.height, cfg.width)[None, :, None] * 2 - 1
+        mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
+        latent = vae.encode(pixels.to(self.device, self.dtype)).latent_dist.mode()[0].float()
+        return {"image": (latent - mean) / std}  # (C, 1, H / 32, W / 32)
 
     def load(self):
         super().load()
