@@ -140,8 +140,8 @@ def gradient_error(run, batch, plain):
     return (gradients(run) - plain).norm() / plain.norm()
 
 
-def plain_gradient(run, batch):
-    """A batch's gradient by one plain graph through sampler, VAE and rewards."""
+def plain_video(run, batch):
+    """A batch's picked frames, with one plain graph through sampler and VAE."""
     cfg, model, schedule, x = run.cfg, run.model, run.schedule, run.schedule.start * batch.noise
     w = model.guidance(cfg.guidance_scale, x.shape[2])
     for i, t in enumerate(schedule.t):
@@ -153,7 +153,12 @@ def plain_gradient(run, batch):
             f_uncond = f_uncond.detach() if cfg.detach_uncond else f_uncond
             f = f_uncond + w * (f - f_uncond)
             x = schedule.a[i] * x + schedule.b[i] * (f if i in batch.trained else f.detach())
-    video, texts = model.decode(x, batch.picks), [prompt.text for prompt in batch.prompts]
+    return model.decode(x, batch.picks)
+
+
+def plain_gradient(run, batch):
+    """A batch's gradient by one plain graph through sampler, VAE and rewards."""
+    video, texts = plain_video(run, batch), [prompt.text for prompt in batch.prompts]
     (-sum(weight * reward(video, texts) for weight, reward in run.terms.values()).mean()).backward()
     return gradients(run)
 

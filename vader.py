@@ -100,6 +100,7 @@ class Config:
     # the video and its sampler
     negative_prompt: str = arg("", "what guidance leads away from")
     num_frames: int | None = arg(None, "frames of a video")
+    clips: int | None = arg(None, "image to video: clips in a row, each from the last frame before it")
     height: int | None = arg(None, "pixels, a multiple of 8, 16 or 32, as the model's")
     width: int | None = arg(None, "pixels, likewise")
     num_inference_steps: int | None = arg(None, "denoising steps; cost time, not memory")
@@ -141,7 +142,7 @@ class Config:
 # Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
 RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
 RANGES |= dict(eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
-RANGES |= dict(eval_videos=(0, 1e5), lora_rank=(1, 1024), height=(1, 4096), width=(1, 4096))
+RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), height=(1, 4096), width=(1, 4096))
 
 # Defaults that models share, see `presets` of their classes: those with published weights, those in tiny/.
 PUBLISHED = dict(steps=200, eval_every=50, lr=2e-4, batch_size=1, grad_accum=4, lora_rank=16)
@@ -222,6 +223,7 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     found = preset | dict(grad_steps=family.grad_steps, checkpointing=device != "cpu")
     found |= dict(lora_alpha=cfg.lora_rank or preset["lora_rank"], lora_targets="to_q,to_k,to_v,to_out.0")
     found |= dict(dtype=half if cuda else "fp32", out=f"runs/{label.removeprefix('train-').strip('-')}")
+    found["num_frames"] *= cfg.clips or 1
     given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto", "none")}
     family.skeleton(source)  # raises when the checkpoint needs code that the family lacks
     asked = given.keys() & {"lora", "base_lora", "lora_targets", "quantize", "tracker", "push_to_hub"}
@@ -230,6 +232,7 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     found |= given | {"model": model, "device": device, "reward": name}
     cfg = replace(cfg, **{name: found[name] for name in vars(cfg).keys() & found.keys()})
 
+    family = borrow("clips", "--clips")["chain"](family, cfg) if cfg.clips else family
     K, T, frames, scored = cfg.backprop_steps, cfg.num_inference_steps, cfg.num_frames, cfg.decode_frames or 1
     need(K <= T, f"--backprop_steps {K}: there are only {T} denoising steps, use {T} or less")
     need(scored <= frames, f"--decode_frames {scored}: the video has only {frames} frames")
@@ -388,7 +391,8 @@ class TextToVideoUNet:
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
-        self.denoiser, self.vae, self.fused = None, None, ""  # what --base_lora did, for a LoRA's README.md
+        self.denoiser = self.vae = self.image_encoder = None
+        self.fused = ""  # what --base_lora did, for a LoRA's README.md
 
     @classmethod
     def skeleton(cls, source) -> torch.nn.Module:
@@ -436,7 +440,7 @@ class TextToVideoUNet:
         """Load the denoiser and the VAE, frozen, without dropout (recomputing must give the same numbers)."""
         load = functools.partial(rewards.load, source=self.source, flag="--model", dtype=self.dtype)
         self.denoiser = self.denoiser or load(self.denoiser_class, subfolder=self.folder)
-        self.vae = load(self.vae_class, subfolder="vae")
+        self.vae = self.vae or load(self.vae_class, subfolder="vae")
         for part in (self.denoiser, self.vae):
             part.to(self.device).eval().requires_grad_(False)
 
@@ -525,14 +529,14 @@ def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trai
 
 
 def pick_latent_frames(run: Run, generator) -> list[int]:
-    """Latent frames to score (number 0 holds one frame): random ones, or those of a clip if one is wanted."""
-    frames, group = run.cfg.num_frames, run.model.frames_per_latent
-    wants = [getattr(reward, "frames", 1) for _, reward in run.terms.values()]
+    """Latent frames to score: random ones, or those of evenly spaced frames if a reward wants several."""
+    frames, wants = run.cfg.num_frames, [getattr(reward, "frames", 1) for _, reward in run.terms.values()]
+    inside = [k for k in range(frames) for _ in range(run.model.frames_in(k))]  # of which latent, by frame
     wanted = max((frames if n == "all" else n for n in wants), default=1)
     n = min(run.cfg.decode_frames or wanted, frames)
     if wanted > 1:
-        return sorted({(frame + group - 1) // group for frame in evenly_spaced(n, frames)})
-    return sorted(torch.randperm((frames - 1) // group + 1, generator=generator)[:n].tolist())
+        return sorted({inside[frame] for frame in evenly_spaced(n, frames)})
+    return sorted(torch.randperm(inside[frames - 1] + 1, generator=generator)[:n].tolist())
 
 
 def trained_steps(run: Run) -> list[int]:
@@ -546,14 +550,15 @@ def trained_steps(run: Run) -> list[int]:
 @torch.no_grad()
 def rollout(run: Run, batch: Batch) -> list:
     """Sample without gradient, both guidance branches at once -> T + 1 latents (B, C, F, H, W) float32."""
+    if run.cfg.clips:
+        return run.model.rollout(run, batch)
     model, schedule, cond, x = run.model, run.schedule, batch.cond, run.schedule.start * batch.noise
     latents, guided = [x], run.cfg.guidance_scale != 1
     w = model.guidance(run.cfg.guidance_scale, x.shape[2])
     if guided:
         cond = {name: torch.cat([batch.uncond[name], value]) for name, value in cond.items()}
     for i, t in enumerate(schedule.t):
-        scaled = schedule.c[i] * x
-        f = model.denoise(torch.cat([scaled, scaled]) if guided else scaled, t, cond)
+        f = model.denoise(torch.cat([schedule.c[i] * x] * (1 + guided)), t, cond)
         if guided:
             f_uncond, f_cond = f.chunk(2)
             f = f_uncond + w * (f_cond - f_uncond)
@@ -569,12 +574,11 @@ def score(run: Run, batch: Batch, x):
 
     x: (B, C, F, H, W) float32. Returns the rewards' figures, and g like x: of batch.scale x minus their mean.
     """
-    cfg, picks = run.cfg, batch.picks
+    cfg, picks, texts = run.cfg, batch.picks, [prompt.text for prompt in batch.prompts]
     pieces = [picks[i : i + cfg.decode_chunk] for i in range(0, len(picks), cfg.decode_chunk)]
     with torch.no_grad():
         video = run.model.decode(x, picks).requires_grad_()  # (B, N, 3, H, W)
     sizes = [sum(map(run.model.frames_in, piece)) for piece in pieces]
-    texts = [prompt.text for prompt in batch.prompts]
     found = rewards.weighted_rewards(run.terms, video, texts, cfg.decode_chunk, batch.scale)
     v = -video.grad / len(x)
     del video
@@ -598,11 +602,8 @@ def walk_back(run: Run, batch: Batch, latents, g):
         branches = [(batch.cond, w)]
     for i in range(len(schedule.t) - 1, earliest - 1, -1):
         a, b, c, t = schedule.a[i], schedule.b[i], schedule.c[i], schedule.t[i]
-        if i not in batch.trained:
-            g = a * g
-            continue
         x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)
-        for cond, share in branches:
+        for cond, share in branches if i in batch.trained else ():
             f = model.denoise(c * x, t, cond)
             f.backward(share * b * g)
             del f  # before the next branch builds its graph
@@ -771,7 +772,7 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
 
 def bring(run: Run, denoiser=False, scoring=False):
     """On the device: the denoiser? what scores (the VAE, the rewards)? All else waits in host memory."""
-    parts = [(run.model.denoiser, denoiser), (run.model.vae, scoring)]
+    parts = [(run.model.denoiser, denoiser), (run.model.vae, scoring), (run.model.image_encoder, scoring)]
     parts += [(net, scoring) for _, reward in run.terms.values() for net in getattr(reward, "networks", ())]
     for part, wanted in sorted(parts, key=lambda entry: entry[1]):  # first make room
         if part is not None:

@@ -1,4 +1,4 @@
-"""Pictures that videos start from, and the .jsonl files of prompts that name them."""
+"""Pictures that videos start from, flows that start from one, and .jsonl files of prompts that name them."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+import rewards
 from rewards import need, reading
 from vader import Prompt
 
@@ -25,23 +26,48 @@ def open_image(path: str) -> Image.Image:
 
 def read_image(path: str, height: int, width: int):
     """A picture file, resized, as (3, H, W) float32 in [0, 1]. Raises BadInput."""
-    picture = open_image(path).resize((width, height), Image.Resampling.LANCZOS)
+    return to_tensor(open_image(path), height, width)
+
+
+def to_tensor(picture: Image.Image, height: int, width: int):
+    """A picture, resized, as (3, H, W) float32 in [0, 1]."""
+    picture = picture.resize((width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
 
 
-def from_image(call, x, t, image=None):
-    """f of a flow at time t on latents x (B, C, F, H, W); the first is the image's, if there is one.
+class FromImage:
+    """For a flow whose video may start from an image: its latent is the first, at time 0, and stays.
 
-    call(x, times): the denoiser's f; times: (1, 1, 1), or (F, 1, 1) where the image's is 0.
-    image: (B, C, 1, H, W).
+    A family gives `flow(x, times, cond)`, the denoiser's f, times: (1, 1, 1), or (F, 1, 1) where the image's
+    is 0; and `statistics()`, mean and standard deviation of the latents, (C, 1, 1, 1) each.
     """
-    t = t.to(x.device).view(1, 1, 1)
-    if image is None:
-        return call(x, t)
-    times = t * (torch.arange(x.shape[2], device=x.device) > 0)[:, None, None]
-    f = call(torch.cat([image, x[:, :, 1:]], dim=2), times)
-    to_image = (x[:, :, :1] - image) * 1000 / t  # straight to it
-    return torch.cat([to_image, f[:, :, 1:]], dim=2)
+
+    images = "may"
+
+    @torch.no_grad()
+    def encode(self, prompts, cfg):
+        conds, starts = super().encode(prompts, cfg), [prompt for prompt in prompts if prompt.image]
+        if starts:
+            self.vae = rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype).to(self.device)
+        for prompt in starts:
+            conds[prompt] |= self.start(open_image(prompt.image), cfg)
+        return conds
+
+    def start(self, picture, cfg):
+        """What `denoise` is told of the picture that a video starts from, without batch dimension."""
+        pixels, (mean, std) = to_tensor(picture, cfg.height, cfg.width)[None, :, None], self.statistics()
+        latents = self.vae.encode((pixels * 2 - 1).to(self.device, self.dtype)).latent_dist.mode()[0]
+        return {"image": (latents.float() - mean) / std}  # (C, 1, H, W)
+
+    def denoise(self, x, t, cond):
+        t = t.to(x.device).view(1, 1, 1)
+        text = {name: value for name, value in cond.items() if name != "image"}
+        if "image" not in cond:
+            return self.flow(x, t, text)
+        times = t * (torch.arange(x.shape[2], device=x.device) > 0)[:, None, None]
+        f = self.flow(torch.cat([cond["image"], x[:, :, 1:]], dim=2), times, text)
+        to_image = (x[:, :, :1] - cond["image"]) * 1000 / t  # straight to it
+        return torch.cat([to_image, f[:, :, 1:]], dim=2)
 
 
 def read_rows(path: str, lines: dict[int, str], family) -> list[Prompt]:

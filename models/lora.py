@@ -76,7 +76,7 @@ def save_stock(model, folder: Path, cfg=None):
     given = {"lora_layers": weights, "lora_adapter_metadata": config}
     model.lora_pipeline.save_lora_weights(folder, **{f"{model.folder}_{k}": v for k, v in given.items()})
     files, base, told = ["pytorch_lora_weights.safetensors"], config["base_model_name_or_path"], {}
-    if hasattr(model, "comfy_names"):
+    if getattr(model, "comfy_names", None):
         files.append("comfyui.safetensors")
         save_file(comfy_state(model), folder / files[1], {"format": "pt"})
     if cfg:

@@ -5,7 +5,6 @@ import math
 import diffusers
 import torch
 
-import rewards
 from rewards import need
 from vader import (
     PUBLISHED,
@@ -20,7 +19,7 @@ from vader import (
 pictures = borrow("images", "image to video")
 
 
-class LTX(TextToVideoUNet):
+class LTX(pictures["FromImage"], TextToVideoUNet):
     ltx = dict(source="Lightricks/LTX-Video", num_frames=49, height=512, width=704)
     ltx |= PUBLISHED | dict(num_inference_steps=30, guidance_scale=3.0, lr=1e-4)
     presets = {"ltx": ltx}
@@ -32,7 +31,7 @@ class LTX(TextToVideoUNet):
     vae_checkpointed = ("LTXVideoResnetBlock3d",)
     multiple, frame_multiple = 32, 8
     scale, frames_per_latent = 32, 8
-    stochastic, images = False, "may"
+    stochastic = False
     max_tokens = 128
     # parts of layers' names in the original checkpoint, which ComfyUI reads
     comfy_names = {"proj_in": "patchify_proj", "time_embed.": "adaln_single."}
@@ -57,17 +56,9 @@ class LTX(TextToVideoUNet):
         states, mask, *_ = pipe.encode_prompt(text, **how)
         return {"encoder_hidden_states": states[0], "encoder_attention_mask": mask[0].bool()}
 
-    @torch.no_grad()
-    def encode(self, prompts, cfg):
-        conds, starts = super().encode(prompts, cfg), [prompt for prompt in prompts if prompt.image]
-        if starts:
-            vae = rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype).to(self.device)
-            mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
-        for prompt in starts:
-            picture = pictures["read_image"](prompt.image, cfg.height, cfg.width)[None, :, None] * 2 - 1
-            latent = vae.encode(picture.to(self.device, self.dtype)).latent_dist.mode()[0].float()
-            conds[prompt]["image"] = (latent - mean) / std  # (C, 1, H / 32, W / 32)
-        return conds
+    def statistics(self):
+        """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1) each."""
+        return (v.view(-1, 1, 1, 1).to(self.device) for v in (self.vae.latents_mean, self.vae.latents_std))
 
     def load(self):
         super().load()
@@ -75,24 +66,18 @@ class LTX(TextToVideoUNet):
             if hasattr(block, "per_channel_scale1"):
                 block.per_channel_scale1 = block.per_channel_scale2 = None
 
-    def denoise(self, x, t, cond):
+    def flow(self, x, times, cond):
         size = dict(zip(("num_frames", "height", "width"), x.shape[2:], strict=True))
         size["rope_interpolation_scale"] = (self.frames_per_latent / self.frame_rate, 32, 32)
-        text = {name: value for name, value in cond.items() if name != "image"}
-
-        def call(x, times):
-            if len(times) > 1:  # a time for each token
-                times = times.expand(x.shape[2:])
-            tokens, times = x.flatten(2).transpose(1, 2).to(self.dtype), times.flatten().expand(len(x), -1)
-            f = self.denoiser(tokens, timestep=times, **text, **size, return_dict=False)[0]
-            return f.transpose(1, 2).unflatten(2, x.shape[2:]).float()
-
-        return pictures["from_image"](call, x, t, cond.get("image"))
+        if len(times) > 1:  # a time for each token
+            times = times.expand(x.shape[2:])
+        tokens, times = x.flatten(2).transpose(1, 2).to(self.dtype), times.flatten().expand(len(x), -1)
+        f = self.denoiser(tokens, timestep=times, **cond, **size, return_dict=False)[0]
+        return f.transpose(1, 2).unflatten(2, x.shape[2:]).float()
 
     def decode(self, latents, picks):
         """As in vader.py. This VAE looks both ways in time and is cheap: it decodes all for any picks."""
-        vae, timestep = self.vae, None
-        mean, std = (v.view(-1, 1, 1, 1).to(self.device) for v in (vae.latents_mean, vae.latents_std))
+        vae, timestep, (mean, std) = self.vae, None, self.statistics()
         hidden = latents * std / vae.config.scaling_factor + mean
         if vae.config.timestep_conditioning:
             noise = torch.randn(hidden.shape, generator=generator_for("decode noise")).to(self.device)

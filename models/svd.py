@@ -47,31 +47,32 @@ class StableVideoDiffusion(TextToVideoUNet):
     @torch.no_grad()
     def encode(self, prompts, cfg):
         parts = ("image_encoder", "feature_extractor", "vae")
-        pipe = self.stock(diffusers.StableVideoDiffusionPipeline, *parts)
-        # in half precision this encoder overflows on some images
-        precise = torch.float32 if self.dtype == torch.float16 else self.dtype
-        pipe.vae.to(dtype=precise)
-        conds, time_ids = {}, torch.tensor(self.time_ids, device=self.device, dtype=self.dtype)
-        for prompt in prompts:
-            if prompt.image is None:
-                continue
-            picture = pictures["open_image"](prompt.image)
-            noise = torch.randn(1, 3, cfg.height, cfg.width, generator=generator_for("image noise"))
-            start = (
-                pictures["read_image"](prompt.image, cfg.height, cfg.width)[None] * 2
-                - 1
-                + self.time_ids[2] * noise
-            )
-            latents = pipe.vae.encode(start.to(self.device, precise)).latent_dist.mode()[0]
-            conds[prompt] = {
-                "embedding": pipe._encode_image(picture, self.device, 1, False)[0],  # (1, D)
-                "image_latents": latents.to(self.dtype),  # (C, H / 8, W / 8), unscaled
-                "time_ids": time_ids,
-            }
+        self.pipe = self.stock(diffusers.StableVideoDiffusionPipeline, *parts)
+        self.vae, self.image_encoder = self.pipe.vae, self.pipe.image_encoder
+        starts, open_image = [prompt for prompt in prompts if prompt.image], pictures["open_image"]
+        conds = {prompt: self.start(open_image(prompt.image), cfg) for prompt in starts}
+        if not cfg.clips:  # no more pictures will come
+            self.pipe = self.image_encoder = None
         # unconditional: an empty image
         first = next(iter(conds.values()))
         nothing = {name: torch.zeros_like(value) for name, value in first.items()}
-        return conds | {Prompt(""): nothing | {"time_ids": time_ids}}
+        return conds | {Prompt(""): nothing | {"time_ids": first["time_ids"]}}
+
+    def start(self, picture, cfg):
+        """What `denoise` is told of the picture that a video starts from, without batch dimension."""
+        noise = torch.randn(1, 3, cfg.height, cfg.width, generator=generator_for("image noise"))
+        pixels = pictures["to_tensor"](picture, cfg.height, cfg.width)[None] * 2 - 1
+        pixels = (pixels + self.time_ids[2] * noise).to(self.device)
+        half = self.dtype == torch.float16  # in which this encoder overflows on some images
+        vae = self.vae.to(dtype=torch.float32) if half else self.vae
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mode()[0]
+        if half:
+            vae.to(dtype=self.dtype)
+        return {
+            "embedding": self.pipe._encode_image(picture, self.device, 1, False)[0],  # (1, D)
+            "image_latents": latents.to(self.dtype),  # (C, H / 8, W / 8), unscaled
+            "time_ids": torch.tensor(self.time_ids, device=self.device, dtype=self.dtype),
+        }
 
     def guidance(self, scale, frames):
         return torch.linspace(1, scale, frames, device=self.device)[:, None, None]

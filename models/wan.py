@@ -7,7 +7,6 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch.utils.checkpoint import checkpoint
 
-import rewards
 from rewards import need
 from vader import (
     HERE,
@@ -19,8 +18,6 @@ from vader import (
     straight_through_clamp,
     tabulate,
 )
-
-pictures = borrow("images", "image to video")
 
 
 class Wan(TextToVideoUNet):
@@ -73,9 +70,9 @@ class Wan(TextToVideoUNet):
         how = dict(do_classifier_free_guidance=False, max_sequence_length=self.max_tokens, device=self.device)
         return {"encoder_hidden_states": pipe.encode_prompt(text, **how)[0][0]}
 
-    def statistics(self, vae):
+    def statistics(self):
         """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1) each."""
-        known = [vae.config.latents_mean, vae.config.latents_std]
+        known = [self.vae.config.latents_mean, self.vae.config.latents_std]
         return torch.tensor(known, device=self.device)[..., None, None, None]
 
     def recompute(self):
@@ -87,7 +84,7 @@ class Wan(TextToVideoUNet):
 
         Frames are exact; their gradient reaches the picked latent frames, not those before them.
         """
-        graph, (mean, std) = torch.is_grad_enabled(), self.statistics(self.vae)
+        graph, (mean, std) = torch.is_grad_enabled(), self.statistics()
         hidden = self.vae.post_quant_conv((latents * std + mean).to(self.dtype))
         convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in self.vae.decoder.modules())
         cache, parts = [None] * convolutions, []
@@ -100,35 +97,18 @@ class Wan(TextToVideoUNet):
         return straight_through_clamp(torch.cat(parts, dim=2).transpose(1, 2).float() / 2 + 0.5)
 
 
-class Wan22(Wan):
+class Wan22(borrow("images", "image to video")["FromImage"], Wan):
     """Wan 2.2 TI2V 5B: a VAE of 16 x 16 pixels, and a time for each token: the first may be an image's."""
 
     wan22 = Wan.wan | dict(source="Wan-AI/Wan2.2-TI2V-5B-Diffusers", num_frames=33, height=320, width=576)
     presets = {"wan2.2-5b": wan22}
-    multiple, scale, images = 32, 16, "may"
+    multiple, scale = 32, 16
 
-    @torch.no_grad()
-    def encode(self, prompts, cfg):
-        conds, starts = super().encode(prompts, cfg), [prompt for prompt in prompts if prompt.image]
-        if starts:
-            vae = rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype).to(self.device)
-            mean, std = self.statistics(vae)
-        for prompt in starts:
-            picture = pictures["read_image"](prompt.image, cfg.height, cfg.width)[None, :, None] * 2 - 1
-            latent = vae.encode(picture.to(self.device, self.dtype)).latent_dist.mode()[0].float()
-            conds[prompt]["image"] = (latent - mean) / std  # (C, 1, H / 16, W / 16)
-        return conds
-
-    def denoise(self, x, t, cond):
-        text = cond["encoder_hidden_states"]
-
-        def call(x, times):
-            if len(times) > 1:  # a time for each token
-                times = times.expand(-1, x.shape[3] // 2, x.shape[4] // 2)
-            times = times.flatten().expand(len(x), -1)
-            return self.denoiser(x.to(self.dtype), times, text, return_dict=False)[0].float()
-
-        return pictures["from_image"](call, x, t, cond.get("image"))
+    def flow(self, x, times, cond):
+        if len(times) > 1:  # a time for each token
+            times = times.expand(-1, x.shape[3] // 2, x.shape[4] // 2)
+        times = times.flatten().expand(len(x), -1)
+        return self.denoiser(x.to(self.dtype), timestep=times, **cond, return_dict=False)[0].float()
 
 
 class AnyFlow(Wan):
@@ -140,6 +120,7 @@ class AnyFlow(Wan):
     text_pipeline = lora_pipeline = diffusers.AnyFlowPipeline
     denoiser_class = diffusers.AnyFlowTransformer3DModel
     checkpointed = ("AnyFlowTransformerBlock",)
+    comfy_names = None  # it does not run this model
 
     def schedule(self, cfg):
         """t: (T, 2), a step's time and the next one's."""
