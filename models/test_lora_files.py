@@ -148,9 +148,12 @@ def test_headers_tell_what_a_lora_is(cfg, tmp_path):
         assert told["vader.reward"] == "colorful" and told["vader.base_model"] == name
         assert str(Path(cfg.model).parent) not in str(told) and "modelspec.date" not in told
     stock = json.loads(told["lora_adapter_metadata"])
+    plain = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["target_modules"]
+    assert plain == stock["transformer.target_modules"] == sorted(plain)  # a set's order is random
     assert stock["transformer.lora_alpha"] == 6 and stock["transformer.r"] == 4
 
 
+@pytest.mark.slow
 def test_a_lora_s_files_are_the_same_from_another_process(settings, checkpoints, tmp_path):
     cfg = replace(settings, model=str(checkpoints("wan")), height=32, width=32, lora_targets=TARGETS["wan"])
     run = load(cfg)
