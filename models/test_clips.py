@@ -28,6 +28,7 @@ from vader import HERE, Config
 
 sys.path.insert(0, str(HERE / "bench"))
 import fake
+import memory
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def test_gradients_equal_plain_autograd_with_the_passing_picture_detached(kind, 
 
 def test_peak_memory_is_flat_in_clips(settings):
     """Of an update with all frames scored, and of walking back: a clip more adds its latents and frames."""
-    few = dict(width=32, num_inference_steps=1, checkpointing=True, decode_chunk=2)
+    few = dict(width=32, num_inference_steps=1, decode_chunk=2)
 
     def walk_back_peak(run, prompts):
         latents = vader.rollout(run, given := batch(run, prompts))
@@ -138,7 +139,7 @@ def test_peak_memory_is_flat_in_clips(settings):
 
     updates, walks = [], []
     for clips in (1, 2, 4):
-        cfg, prompts = settings(clips=clips, **few)
+        cfg, prompts = settings(clips=clips, num_frames=2 * clips, **few)
         run = changed(load(cfg, prompts=prompts[:1]), {"together": (1.0, together)})
         with fake.LiveStorages() as live:
             vader.micro_batch(run, prompts[:1], 0, 0)
@@ -146,9 +147,20 @@ def test_peak_memory_is_flat_in_clips(settings):
         walks.append(walk_back_peak(run, prompts[:1]))
     type(run.model).denoise.__globals__["checkpoint"] = lambda f, *args, **_: f(*args)
     at_once = walk_back_peak(run, prompts[:1])
-    print("peak MB, 1, 2, 4 clips: update", *updates, "walk back", *walks, "in one graph", at_once)
+    print("peak MB, 1, 2, 4 clips: update", *updates, "walk back", *walks, "4 in one graph", at_once)
     assert updates[2] < 1.1 * updates[0] and walks[2] < 1.1 * walks[0]
     assert at_once > 1.5 * walks[2]
+
+
+def test_a_plan_is_flat_in_clips_and_counts_each_clip_s_steps(settings):
+    (one, once), (three, thrice) = found = [({}, {}), ({}, {})]
+    for clips, (phases, operations) in zip((None, 3), found, strict=True):
+        cfg, _ = settings(clips=clips, num_frames=2 * (clips or 1), decode_frames=1, dtype="fp32")
+        phases.update(memory.predict(cfg, operations))
+    for name in ("score", "walk back"):
+        assert three[name] - three["all weights"] < 1.25 * (one[name] - one["all weights"]), name
+    assert thrice["sampling"] == pytest.approx(3 * once["sampling"], rel=0.5)
+    assert thrice["score"] == pytest.approx(once["score"], rel=0.1)
 
 
 def test_what_can_not_be_chained_is_one_line(settings, prompts_file, capsys):
