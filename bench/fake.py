@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import diffusers
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer
@@ -139,19 +140,25 @@ def without_weights(memory: LiveStorages | None = None, device="cpu"):
     def item(self, real=torch.Tensor.item):
         return 1.0 if isinstance(self, FakeTensor) else real(self)
 
+    def numpy(self, *args, real=torch.Tensor.numpy):
+        dtype = str(self.dtype).removeprefix("torch.")
+        return np.zeros(tuple(self.shape), dtype) if isinstance(self, FakeTensor) else real(self, *args)
+
     def as_on_a_gpu(network, device, dtype):
         if memory:
             with mock.patch.object(torch.nn.Module, "to", lambda part, *_: part):
                 frozen(network, "cuda", dtype)
         return frozen(network, device, dtype)
 
+    without_content = [(torch.Tensor, "item", item), (torch.Tensor, "numpy", numpy)]
+    without_content += [(torch.nn.Module, "to", exchange)]
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (diffusers.ModelMixin, "from_pretrained", classmethod(network)),
             (transformers.PreTrainedModel, "from_pretrained", classmethod(network)),
             (transformers.PreTrainedModel, "init_weights", lambda self: None),
             (transformers.PreTrainedTokenizerBase, "from_pretrained", classmethod(tokenizer)),
-            *([(torch.nn.Module, "to", exchange), (torch.Tensor, "item", item)] if memory else []),
+            *(without_content if memory else []),
             (rewards, "load", load),
             (rewards, "load_state", lambda network, *_, **__: network),
             (rewards, "fetch", found),

@@ -50,6 +50,7 @@ def resolve(cfg: vader.Config) -> tuple[vader.Config, str, type, list[vader.Prom
     known = dict(device="cpu", checkpointing=True, dtype="bf16" if cfg.dtype == "auto" else cfg.dtype)
     if (CONFIGS / model).is_dir():
         _, _, preset = vader.find_model(model)
+        preset = preset | dict(num_frames=preset["num_frames"] * (cfg.clips or 1))
         known |= {name: value for name, value in preset.items() if getattr(cfg, name, "") is None}
         model = str(CONFIGS / model)
     cfg, source, family = vader.resolve(dataclasses.replace(cfg, model=model, **known))
@@ -102,7 +103,8 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
         vader.add_lora(model, cfg)
         model.recompute()
         optimizer = vader.make_optimizer(run)
-        scoring = [model.vae, *networks] if cfg.offload else []
+        encoders = [model.image_encoder] if model.image_encoder else []
+        scoring = [model.vae, *encoders, *networks] if cfg.offload else []
         denoiser = [model.denoiser] if cfg.offload else []
         phase("loading", *scoring)
         generator = vader.generator_for(0)
@@ -110,6 +112,9 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
         picks = vader.pick_latent_frames(run, generator)
         batch = vader.make_batch(run, prompts, noise, generator, picks, trained=[0])
         found["all weights"] = (memory.now - idle) / 1e9
+        none = vader.Schedule(torch.ones(0), [], [], [], [])
+        vader.rollout(dataclasses.replace(run, schedule=none), batch)  # what is done once, not in each step
+        phase("passing", *scoring)
         latents = vader.rollout(run, batch)
         phase("rollout", *denoiser)
         n, frames = len(picks), latents[-1].shape[2]  # which need most depends on the VAE
@@ -125,10 +130,12 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
         with torch.no_grad():
             model.decode(latents[-1], range(frames))
         phase("decoding a video")
-    del found["rewards"]  # part of loading
+    del found["rewards"], found["passing"]  # parts of loading, of rollout
     times = {"sampling": ("rollout", T), "score": ("score", 1 / len(places)), "walk back": ("walk back", K)}
     for name, (part, n) in times.items() if operations is not None else ():
         operations[name] = videos * n * counted[part] / 1e12
+    if operations is not None:
+        operations["sampling"] -= videos * (T - 1) * counted["passing"] / 1e12
     return found
 
 
