@@ -15,7 +15,7 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
     v               d loss / d frames                   K, T      trained steps, sampling steps
 
 Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. What a
-flag asks for is in models/, and `borrow` reads it: more models, .jsonl prompts, --lora, --base_lora,
+flag asks for is in models/, and `borrow` reads it: more models, .jsonl prompts, --clips, --lora, --base_lora,
 --quantize, --tracker, --push_to_hub, --mode.
 """
 
@@ -150,20 +150,19 @@ TINY = dict(steps=50, eval_every=25, lr=1e-3, batch_size=2, grad_accum=1, lora_r
 TINY |= dict(num_inference_steps=10, height=64, width=64, rewards=TOY)
 
 # SWAP: your model. Write models/mine.py by imitating models/wan.py, and add its line, "mine.Class": the names
-# for --model, keys of its `presets`, and the pipelines that it loads: `_class_name` of model_index.json, and
-# what stands there beside PARTS.
+# for --model, keys of its `presets`, and the pipelines that it loads (`_class_name` of model_index.json).
 FAMILIES = {
     "vader.TextToVideoUNet": ("tiny", "modelscope", "zeroscope", "TextToVideoSDPipeline"),
     "animatediff.AnimateDiff": ("animatediff", "AnimateDiffPipeline", "StableDiffusionPipeline"),
+    "anyflow.AnyFlow": ("anyflow", "AnyFlowPipeline"),
     "cogvideox.CogVideoX": ("cogvideox", "cogvideox-5b", "CogVideoXPipeline"),
     "ltx.LTX": ("ltx", "LTXPipeline", "LTXImageToVideoPipeline"),
     "svd.StableVideoDiffusion": ("svd", "tiny-i2v", "StableVideoDiffusionPipeline"),
     "wan.Wan": ("wan", "tiny-wan", "WanPipeline"),
     "wan.Wan22": ("wan2.2-5b", "WanPipeline with expand_timesteps"),
-    "wan.AnyFlow": ("anyflow", "AnyFlowPipeline"),
 }
 
-# What any model_index.json may hold: no second transformer, no setting that changes what is computed.
+# What a model_index.json may hold. What else there is changes what is computed: it is named with the pipeline.
 PARTS = "_class_name _diffusers_version _name_or_path unet transformer vae scheduler tokenizer text_encoder"
 PARTS += " image_encoder feature_extractor motion_adapter safety_checker requires_safety_checker"
 

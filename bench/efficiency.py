@@ -217,7 +217,8 @@ def summary(rows: list[dict]) -> list[dict]:
         row = {"reward": reward, "method": method.label, "seeds": len(y), "gain": spread}
         row |= {"videos": f"{queries[-1]:.0f}", "seconds": f"{seconds[-1]:.0f}"}
         after = {name: y.mean(0)[1:] for name, (_, y) in lines.items()}  # without the base model
-        goals = {"DDPO's best": after["ddpo"].max(), "VADER's end": after[method.goal][-1]}
+        best = after["ddpo"].max() if method.goal == "vader" else math.inf  # of other steps
+        goals = {"DDPO's best": best, "VADER's end": after[method.goal][-1]}
         for name, goal in goals.items():
             there = 1 + np.flatnonzero(after[key] >= goal)
             row[name] = f"{queries[there[0]]:.0f} in {seconds[there[0]]:.0f} s" if len(there) else "-"

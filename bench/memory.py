@@ -28,6 +28,7 @@ import torch
 import transformers
 from fake import LiveStorages, without_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -66,6 +67,12 @@ def make_terms(cfg: vader.Config, device) -> dict:
     )
 
 
+def size_of(tensor) -> int:
+    """Bytes, of a quantised one those of its parts."""
+    parts = tensor.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(tensor) else ()
+    return sum(getattr(tensor, name).nbytes for name in parts) if parts else tensor.nbytes
+
+
 def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, float]:
     """The peak of each phase of one update in GB: {phase: GB}. Raises BadInput.
 
@@ -84,7 +91,7 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
         counted[name] = memory.operations - sum(counted.values())
         gc.collect()
         found[name] = (memory.peak - idle) / 1e9
-        idle = sum(p.nbytes for p in {p for part in waiting for p in part.parameters()})
+        idle = sum(map(size_of, {p for part in waiting for p in part.parameters()}))
         memory.peak = memory.now
 
     with ExitStack() as stack:

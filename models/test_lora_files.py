@@ -27,10 +27,10 @@ from vader import BadInput, borrow
 
 # Linear layers by their names in the original checkpoints, which ComfyUI's LoRA loader takes after
 # "diffusion_model.": model_lora_keys_unet in comfy/lora.py; model.py in comfy/ldm/wan, comfy/ldm/lightricks.
-WAN = ["head.head", "time_projection.1", "img_emb.proj.1", "img_emb.proj.3"]
+WAN = ["head.head", "time_projection.1"]
 WAN += [f"{name}_embedding.{n}" for name in ("text", "time") for n in (0, 2)]
 WAN_BLOCK = [f"{part}_attn.{end}" for part in ("self", "cross") for end in "qkvo"]
-WAN_BLOCK += ["cross_attn.k_img", "cross_attn.v_img", "ffn.0", "ffn.2"]
+WAN_BLOCK += ["ffn.0", "ffn.2"]
 LTX = ["patchify_proj", "adaln_single.linear", "proj_out"]
 LTX += [f"adaln_single.emb.timestep_embedder.linear_{n}" for n in (1, 2)]
 LTX += [f"caption_projection.linear_{n}" for n in (1, 2)]
@@ -72,8 +72,8 @@ def header(file):
 def test_every_linear_layer_has_its_name_in_comfyui(kind):
     heads = dict(num_attention_heads=2, attention_head_dim=12, num_layers=2)
     with torch.device("meta"):
-        if kind == "wan":  # with the layers of image to video too
-            network = diffusers.WanTransformer3DModel(**heads, ffn_dim=48, image_dim=32, added_kv_proj_dim=24)
+        if kind == "wan":
+            network = diffusers.WanTransformer3DModel(**heads, ffn_dim=48)
         else:
             network = diffusers.LTXVideoTransformer3DModel(**heads, cross_attention_dim=24)
     linear = [name for name, part in network.named_modules() if isinstance(part, torch.nn.Linear)]

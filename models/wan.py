@@ -1,4 +1,4 @@
-"""Wan 2.1, Wan 2.2 TI2V 5B, AnyFlow: flow transformers, a causal VAE of 4 frames a latent, UMT5."""
+"""Wan 2.1 1.3B and Wan 2.2 TI2V 5B (2025): flow transformers, a causal VAE of 4 frames a latent, UMT5."""
 
 import functools
 
@@ -21,8 +21,6 @@ from vader import (
 
 
 class Wan(TextToVideoUNet):
-    """Wan 2.1 1.3B (2025)."""
-
     wan = dict(source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", num_frames=33, height=320, width=576)
     wan |= PUBLISHED | dict(num_inference_steps=20, guidance_scale=5.0, lr=1e-4)
     wan |= dict(steps=100, eval_every=25, grad_accum=2)  # hours on a small card, not days
@@ -39,9 +37,8 @@ class Wan(TextToVideoUNet):
     stochastic, max_tokens = False, 512
     # parts of layers' names in the original checkpoint, which ComfyUI reads
     comfy_names = {"attn1": "self_attn", "attn2": "cross_attn", "to_out.0": "o"}
-    comfy_names |= {"to_q": "q", "to_k": "k", "to_v": "v", "add_k_proj": "k_img", "add_v_proj": "v_img"}
-    comfy_names |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2", "proj_out": "head.head"}
-    comfy_names |= {"image_embedder": "img_emb", "ff.net.0.proj": "proj.1", "ff.net.2": "proj.3"}
+    comfy_names |= {"to_q": "q", "to_k": "k", "to_v": "v", "proj_out": "head.head"}
+    comfy_names |= {"ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2"}
     comfy_names |= {"text_embedder": "text_embedding", "time_embedder": "time_embedding", "linear_1": "0"}
     comfy_names |= {"linear_2": "2", "time_proj": "time_projection.1", "condition_embedder.": ""}
     grad_steps = "strongest"  # the last step has a leverage of 0.009, the strongest of 30 has 0.095
@@ -100,7 +97,7 @@ class Wan(TextToVideoUNet):
 class Wan22(borrow("images", "image to video")["FromImage"], Wan):
     """Wan 2.2 TI2V 5B: a VAE of 16 x 16 pixels, and a time for each token: the first may be an image's."""
 
-    wan22 = Wan.wan | dict(source="Wan-AI/Wan2.2-TI2V-5B-Diffusers", num_frames=33, height=320, width=576)
+    wan22 = Wan.wan | dict(source="Wan-AI/Wan2.2-TI2V-5B-Diffusers", num_frames=33, height=480, width=832)
     presets = {"wan2.2-5b": wan22}
     multiple, scale = 32, 16
 
@@ -109,30 +106,6 @@ class Wan22(borrow("images", "image to video")["FromImage"], Wan):
             times = times.expand(-1, x.shape[3] // 2, x.shape[4] // 2)
         times = times.flatten().expand(len(x), -1)
         return self.denoiser(x.to(self.dtype), timestep=times, **cond, return_dict=False)[0].float()
-
-
-class AnyFlow(Wan):
-    """AnyFlow (Gu et al. 2026, arXiv 2605.13724), Wan 2.1 in few steps: f is the mean slope from t to r."""
-
-    anyflow = Wan.wan | dict(source="nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", num_inference_steps=4)
-    presets = {"anyflow": anyflow | dict(guidance_scale=1.0)}
-
-    text_pipeline = lora_pipeline = diffusers.AnyFlowPipeline
-    denoiser_class = diffusers.AnyFlowTransformer3DModel
-    checkpointed = ("AnyFlowTransformerBlock",)
-    comfy_names = None  # it does not run this model
-
-    def schedule(self, cfg):
-        """t: (T, 2), a step's time and the next one's."""
-        scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=self.shift())
-        scheduler.set_timesteps(cfg.num_inference_steps)
-        schedule = tabulate(scheduler)
-        return schedule._replace(t=torch.stack([schedule.t, 1000 * scheduler.sigmas[1:]], dim=1))
-
-    def denoise(self, x, t, cond):
-        t, r = t.to(self.device)[:, None, None].expand(2, len(x), x.shape[2])
-        given = dict(timestep=t, r_timestep=r, **cond)
-        return self.denoiser(x.transpose(1, 2).to(self.dtype), **given, return_dict=False)[0].transpose(1, 2)
 
 
 def checkpoint_cached_blocks(vae):

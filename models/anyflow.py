@@ -1,0 +1,30 @@
+"""AnyFlow (Gu et al. 2026, arXiv 2605.13724): Wan 2.1 in few steps, f is the mean slope of a step."""
+
+import diffusers
+import torch
+
+from vader import find_model, tabulate
+
+Wan, _, wan = find_model("wan")
+
+
+class AnyFlow(Wan):
+    anyflow = wan | dict(source="nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", num_inference_steps=4)
+    presets = {"anyflow": anyflow | dict(guidance_scale=1.0)}
+
+    text_pipeline = lora_pipeline = diffusers.AnyFlowPipeline
+    denoiser_class = diffusers.AnyFlowTransformer3DModel
+    checkpointed = ("AnyFlowTransformerBlock",)
+    comfy_names = None  # it does not run this model
+
+    def schedule(self, cfg):
+        """t: (T, 2), a step's time and the next one's."""
+        scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=self.shift())
+        scheduler.set_timesteps(cfg.num_inference_steps)
+        schedule = tabulate(scheduler)
+        return schedule._replace(t=torch.stack([schedule.t, 1000 * scheduler.sigmas[1:]], dim=1))
+
+    def denoise(self, x, t, cond):
+        t, r = t.to(self.device)[:, None, None].expand(2, len(x), x.shape[2])
+        given, frames = dict(timestep=t, r_timestep=r, **cond), x.transpose(1, 2).to(self.dtype)
+        return self.denoiser(frames, **given, return_dict=False)[0].transpose(1, 2).float()
