@@ -162,7 +162,7 @@ FAMILIES = {
     "wan.Wan22": ("wan2.2-5b", "WanPipeline with expand_timesteps"),
 }
 
-# What a model_index.json may hold. What else there is changes what is computed: it is named with the pipeline.
+# What a model_index.json may hold. What else it holds changes what is computed: named after the pipeline.
 PARTS = "_class_name _diffusers_version _name_or_path unet transformer vae scheduler tokenizer text_encoder"
 PARTS += " image_encoder feature_extractor motion_adapter safety_checker requires_safety_checker"
 

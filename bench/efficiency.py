@@ -107,8 +107,7 @@ def open_run(settings: dict, reward: str, seed: int):
 
 def base_values(judge, held_out: list[vader.Prompt], reward: str) -> list[float]:
     """The rewards before any update: a new LoRA changes nothing, so they are the same for all runs."""
-    cfg = judge.cfg
-    file = RUNS / f"{reward}-{cfg.num_inference_steps}-{cfg.timestep_spacing}.json"
+    file = RUNS / f"{reward}-{judge.cfg.num_inference_steps}-{judge.cfg.timestep_spacing}.json"
     if not file.exists():
         vader.write_whole(file, json.dumps(vader.evaluate(judge, held_out, file.stem)["reward"]))
     return json.loads(file.read_text())
