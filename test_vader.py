@@ -92,8 +92,8 @@ def test_flags_have_the_types_of_their_fields():
 def test_auto_takes_tiny_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg, source, _ = vader.resolve(Config())
-    assert cfg.model == "tiny" and cfg.dtype == "fp32" and Path(source) == TINY
-    assert cfg.out == "runs/aesthetic-tiny" and None not in (cfg.lr, cfg.steps, cfg.num_frames)
+    assert cfg.model == "tiny-few" and cfg.dtype == "fp32" and Path(source) == TINY
+    assert cfg.out == "runs/aesthetic-tiny-few" and None not in (cfg.lr, cfg.steps, cfg.num_frames)
 
 
 def bad_inputs(folder: Path):

@@ -1,8 +1,7 @@
 """VADER: align a video diffusion model with a differentiable reward (Prabhudesai et al., arXiv 2407.08737).
 
     python vader.py --reward aesthetic --prompts prompts.txt                         # train
-    python vader.py --mode sample --lora runs/aesthetic-tiny/lora                    # make videos
-    python vader.py --mode eval --lora runs/aesthetic-tiny/lora --reward colorful    # score base and tuned
+    python vader.py --mode sample --lora runs/aesthetic-tiny-few/lora                # make videos
 
 The method: make a video from noise without gradient, keeping every step's latents. Score some frames and pull
 the gradient through the reward and the VAE to the last latents. Walk the sampler back over the last K steps,
@@ -14,9 +13,8 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
     g               d loss / d x, walked backwards      w         classifier-free guidance scale
     v               d loss / d frames                   K, T      trained steps, sampling steps
 
-Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. What a
-flag asks for is in models/, and `borrow` reads it: more models, .jsonl prompts, --clips, --lora, --base_lora,
---quantize, --tracker, --push_to_hub, --mode.
+Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. More models,
+and what flags as --clips, --lora, --base_lora or --push_to_hub ask for, is in models/: `borrow` reads it.
 """
 
 import contextlib
@@ -90,7 +88,9 @@ class Config:
 
     reward: str = arg("aesthetic", 'a reward of rewards.py or a weighted sum, "aesthetic + 0.5*colorful"')
     prompts: str = arg("prompts.txt", "a text file, one a line (not # lines), or .jsonl with an image each")
-    model: str = arg("auto", "auto (modelscope on a CUDA GPU, else tiny), a short name, a hub id, a folder")
+    model: str = arg(
+        "auto", "auto (modelscope on a CUDA GPU, else tiny-few), a short name, a hub id, a folder"
+    )
     mode: Literal["train", "sample", "eval"] = arg("train", "sample: make videos; eval: score base and tuned")
     lora: str | None = arg(None, "folder of a trained LoRA: to sample or score, or where train starts from")
     base_lora: str | None = arg(None, "LoRA that is fused into the base: of few steps, of a style")
@@ -152,7 +152,7 @@ TINY |= dict(num_inference_steps=10, height=64, width=64, rewards=TOY)
 # SWAP: your model. Write models/mine.py by imitating models/wan.py, and add its line, "mine.Class": the names
 # for --model, keys of its `presets`, and the pipelines that it loads (`_class_name` of model_index.json).
 FAMILIES = {
-    "vader.TextToVideoUNet": ("tiny", "modelscope", "zeroscope", "TextToVideoSDPipeline"),
+    "vader.TextToVideoUNet": ("tiny", "tiny-few", "modelscope", "zeroscope", "TextToVideoSDPipeline"),
     "animatediff.AnimateDiff": ("animatediff", "AnimateDiffPipeline", "StableDiffusionPipeline"),
     "anyflow.AnyFlow": ("anyflow", "AnyFlowPipeline"),
     "cogvideox.CogVideoX": ("cogvideox", "cogvideox-5b", "CogVideoXPipeline"),
@@ -213,11 +213,12 @@ def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
     with reading(f"--device {device}: no usable one here, leave the flag out"):
         torch.empty(0, device=device)
     cuda = device.startswith("cuda")
-    model = ("modelscope" if cuda else "tiny") if cfg.model == "auto" else cfg.model
+    auto = "modelscope" if cuda else "tiny-few" if (HERE / "models").is_dir() else "tiny"
+    model = auto if cfg.model == "auto" else cfg.model
     family, source, preset = find_model(model)
+    cfg = replace(cfg, base_lora=cfg.base_lora or preset.get("base_lora"))
     half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     name = getattr(reward, "__name__", "custom") if reward else cfg.reward
-    # "remove:book + 0.5*hps" becomes the folder name remove-book-0.5-hps
     label = re.sub(r"[^\w.]+", "-", f"{cfg.mode}-{name}-{Path(model).name if '/' in model else model}")
     found = preset | dict(grad_steps=family.grad_steps, checkpointing=device != "cpu")
     found |= dict(lora_alpha=cfg.lora_rank or preset["lora_rank"], lora_targets="to_q,to_k,to_v,to_out.0")
@@ -370,9 +371,10 @@ class TextToVideoUNet:
     # what --model takes: where it loads from, and defaults; hub ids and folders take the first one's
     modelscope = dict(source="ali-vilab/text-to-video-ms-1.7b", num_frames=16, height=256, width=256)
     modelscope |= PUBLISHED | dict(num_inference_steps=25, guidance_scale=9.0)
-    zeroscope = dict(source="cerspense/zeroscope_v2_576w", num_frames=24, height=320, width=576)
+    zeroscope = modelscope | dict(source="cerspense/zeroscope_v2_576w", num_frames=24, height=320, width=576)
     tiny = TINY | dict(source=str(HERE / "tiny" / "t2v"), num_frames=8, guidance_scale=4.0)
-    presets = {"modelscope": modelscope, "zeroscope": modelscope | zeroscope, "tiny": tiny}
+    few = dict(base_lora=f"{HERE}/tiny/few", num_inference_steps=4, guidance_scale=1, steps=40, eval_every=20)
+    presets = {"modelscope": modelscope, "zeroscope": zeroscope, "tiny": tiny, "tiny-few": tiny | few}
 
     text_pipeline = diffusers.TextToVideoSDPipeline  # stock, for its encode_prompt
     lora_pipeline = None  # stock, where its load_lora_weights works
@@ -629,8 +631,7 @@ def save_lora(model, folder: Path, cfg: Config | None = None):
     base = Path(model.source).name if Path(model.source).exists() else model.source
     model.denoiser.get_base_model().register_to_config(_name_or_path=base)
     config.base_model_name_or_path = base
-    if isinstance(config.target_modules, set):  # in another order in each process
-        config.target_modules = sorted(config.target_modules)
+    config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
     write_whole(staging / "README.md", f"A LoRA made by reward gradients (VADER) on {base}{model.fused}.\n")
     model.denoiser.save_pretrained(staging, save_embedding_layers=False)
     if model.lora_pipeline:
@@ -856,8 +857,8 @@ def micro_batch(run: Run, prompts: list[Prompt], step: int, number: int, scale=1
 
 # SWAP: your optimiser.
 def make_optimizer(run: Run):
-    cfg, parameters = run.cfg, lora_parameters(run.model).values()
-    return torch.optim.AdamW(parameters, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    weights, cfg = lora_parameters(run.model).values(), run.cfg
+    return torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=cfg.weight_decay)
 
 
 def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None) -> dict:
@@ -919,7 +920,6 @@ def train(cfg: Config, reward=None) -> list[dict]:
             print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
         evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
         while True:
-            # evaluate: before the first update, every eval_every, after the last
             due = step not in evaluated and (step % cfg.eval_every == 0 or step == cfg.steps)
             if rank == 0 and held_out and due:
                 found = evaluated[step] = evaluate(run, eval_prompts, f"samples/step_{step:06d}")

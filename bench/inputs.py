@@ -45,7 +45,8 @@ SETTINGS = """\
 --width 4|--decode_frames 3|--backprop_steps 2|--width 80000000|--num_frames 999999999|--reward_weights models
 --num_frames 1 --reward dynamic|--num_frames 1 --reward vjepa|--model tiny-wan --num_frames 5 --height 24|x|--
 --model tiny-wan --num_frames 3|--model tiny-wan --num_frames 5 --eta .5|--lora run/lora --lora_targets to_q
---lora run/lora --lora_rank 3|--lora run/lora --lora_alpha 3|--reward_weights README.md|--model tiny-i2v"""
+--lora run/lora --lora_rank 3|--lora run/lora --lora_alpha 3|--reward_weights README.md|--model tiny-i2v
+--clips 2|--clips x|--push_to_hub x|--push_to_hub a/b/c|--push_to_hub a/b|--model tiny-i2v --clips 3"""
 REWARDS = """\
 +|colorful +|+ colorful|0.5*|*colorful|1e3colorful|nan*colorful|9999999999*colorful|1**colorful|0.5 colorful
 colorful -|colorful, dynamic|colorful*0.5|(colorful)|1e10*colorful|colorfull|:|é|colorful + colorful|remove
@@ -155,14 +156,13 @@ def settings(work):
 def prompts(work):
     """Prompt files, as --prompts and as --eval_prompts."""
     (made := work / "prompts").mkdir()
-    files = {
-        "empty": b"",
-        "blank": b" \n\t\n",
-        "comments": b"# a\n#b",
-        "nul": b"a\0b\nc",
+    files = {"empty": b"", "blank": b" \n\t\n", "comments": b"# a\n#b", "nul": b"a\0b\nc"}
+    files |= {
         "noise": NOISE.encode("utf-16"),
+        "bom": b"\xef\xbb\xbf",
+        "latin": b"caf\xe9\nb",
+        "utf16": TEXT.encode("utf-16"),
     }
-    files |= {"bom": b"\xef\xbb\xbf", "latin": b"caf\xe9\nb", "utf16": TEXT.encode("utf-16")}
     files = {f"{name}.txt": data for name, data in files.items()} | {"list.jsonl": b"[]"}
     files |= {f"good.{end}": TEXT.encode() for end in "csv tsv json CSV md gz parquet xlsx bak".split()}
     lines = [*cells(LINES), "[" * 10**5, '{"prompt": ' + "9" * 5000]

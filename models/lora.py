@@ -25,6 +25,7 @@ def read_lora(folder: str, flag: str, skeleton) -> tuple[peft.LoraConfig, dict]:
     need(kind == "LORA", f"{flag} {folder}: its adapter_config.json is that of a {kind}, not of a LORA")
     good = type(alpha) in (int, float) and 0 < alpha <= 1e6
     need(good, f"{flag} {folder}: lora_alpha of its adapter_config.json is {alpha!r}: give one from 0 to 1e6")
+    need(type(says.get("target_modules")) is list, f"{flag} {folder}: target_modules must be a list of names")
     kinds = ("modules_to_save", "bias", "use_dora")
     odd = [name for name in kinds if says.get(name) not in (None, False, "none")]
     need(not odd, f"{flag} {folder}: there is no code for {min(odd, default='')} of its adapter_config.json")
