@@ -17,7 +17,10 @@ def chain(family, cfg):
     BadInput unless the family makes videos from images (has `start`), and clips of that length.
     """
     frames, left = divmod(cfg.num_frames, cfg.clips)
-    need(hasattr(family, "start"), "--clips: this model makes no video from an image, take svd or ltx")
+    need(
+        hasattr(family, "start"),
+        "--clips: this model makes no video from an image, take svd, ltx or wan2.2-5b",
+    )
     need(not left, f"--num_frames {cfg.num_frames}: must be a multiple of --clips {cfg.clips}")
     fits, group = (frames - 1) % family.frame_multiple == 0, family.frame_multiple
     need(

@@ -76,7 +76,7 @@ def test_one_clip_is_a_run_without_the_flag_and_others_leave_no_trace(settings):
     assert two[2].shape[1] == 2 * plain[2].shape[1]
 
 
-@pytest.mark.parametrize("kind", ["svd", "ltx-image", "ltx"])
+@pytest.mark.parametrize("kind", ["svd", "ltx-image", "ltx", "wan22-image"])
 def test_clips_equal_stock_videos_that_start_from_the_last_frame(kind, settings, tmp_path):
     """LTX's first clip may also be made from text alone."""
     cfg, prompts = settings(kind)
