@@ -17,15 +17,11 @@ def chain(family, cfg):
     BadInput unless the family makes videos from images (has `start`), and clips of that length.
     """
     frames, left = divmod(cfg.num_frames, cfg.clips)
-    need(
-        hasattr(family, "start"),
-        "--clips: this model makes no video from an image, take svd, ltx or wan2.2-5b",
-    )
-    need(not left, f"--num_frames {cfg.num_frames}: must be a multiple of --clips {cfg.clips}")
-    fits, group = (frames - 1) % family.frame_multiple == 0, family.frame_multiple
-    need(
-        fits, f"--num_frames {cfg.num_frames}: a clip has {frames}, must be 1 more than a multiple of {group}"
-    )
+    said, group = f"--num_frames {cfg.num_frames}", family.frame_multiple
+    need(hasattr(family, "start"), "--clips: this model starts from no image, take svd, ltx or wan2.2-5b")
+    need(not left, f"{said}: must be a multiple of --clips {cfg.clips}")
+    fits = (frames - 1) % group == 0
+    need(fits, f"{said}: a clip has {frames}, must be 1 more than a multiple of {group}")
 
     class Chain(family):
         frame_multiple = 1  # checked above
@@ -68,11 +64,8 @@ def chain(family, cfg):
 
         def denoise(self, x, t, cond):
             """One clip or all, whose graphs are made in the backward pass, one at a time."""
-            clips, one = (
-                zip(x.split(self.length, dim=2), cond.get("clips", [cond]), strict=True),
-                super().denoise,
-            )
-            how = dict(use_reentrant=False, preserve_rng_state=False)
+            one, how = super().denoise, dict(use_reentrant=False, preserve_rng_state=False)
+            clips = zip(x.split(self.length, dim=2), cond.get("clips", [cond]), strict=True)
             return torch.cat([checkpoint(one, part, t, told, **how) for part, told in clips], dim=2)
 
         def decode(self, latents, picks):
