@@ -203,6 +203,7 @@ def test_every_reward(name, tmp_path):
 
 OTHERS = {
     "image": dict(model="ltx", image=PHOTO),
+    "clips": dict(model="wan2.2-5b", image=PHOTO, clips=2, num_frames=10, height=64, width=64),
     "offload": dict(offload=True),
     "no guidance": dict(guidance_scale=1.0, eta=1.0),
     "float32": dict(dtype="fp32", backprop_steps=2),

@@ -298,7 +298,7 @@ def test_saved_files_are_readable_and_name_no_path(loaded, tmp_path):
     assert not any(str(Path(loaded.model.source).parent) in text for text in texts)
     model = loaded.model
     hub_model = types.SimpleNamespace(
-        denoiser=model.denoiser, lora_pipeline=None, base_lora=None, source="some/model"
+        denoiser=model.denoiser, lora_pipeline=None, fused="", source="some/model"
     )
     vader.save_lora(hub_model, tmp_path / "lora")
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
