@@ -132,7 +132,7 @@ class Config:
     # evaluation, files, machine
     eval_prompts: str | None = arg(None, "prompt file; default every tenth of --prompts; not trained on")
     eval_every: int | None = arg(None, "updates between evaluations; one more before, one after")
-    eval_videos: int = arg(16, "videos per evaluation, each time the same prompts and seeds; 0: none")
+    eval_videos: int = arg(16, "videos per evaluation in training, each time the same; 0: none")
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "where to log as well")
     push_to_hub: str | None = arg(None, "owner/name: where the LoRA goes at the end; public if it is new")
     device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto is cuda where there is one")
@@ -632,7 +632,7 @@ def save_lora(model, folder: Path, cfg: Config | None = None):
     model.denoiser.get_base_model().register_to_config(_name_or_path=base)
     config.base_model_name_or_path = base
     config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
-    write_whole(staging / "README.md", f"A LoRA made by reward gradients (VADER) on {base}{model.fused}.\n")
+    write_whole(staging / "README.md", f"---\ntags: [vader]\n---\nA LoRA of VADER on {base}{model.fused}.\n")
     model.denoiser.save_pretrained(staging, save_embedding_layers=False)
     if model.lora_pipeline:
         borrow("lora", "the LoRA's other format")["save_stock"](model, staging, cfg)

@@ -72,7 +72,7 @@ t2v scheduler/scheduler_config clip_sample true|t2v scheduler/scheduler_config p
 t2v scheduler/scheduler_config num_train_timesteps "x" 0|wan scheduler/scheduler_config flow_shift "x" -1 NaN
 wan model_index transformer_2 ["diffusers","WanTransformer3DModel"]|wan model_index expand_timesteps true
 cogvideox transformer/config patch_size_t 2|lora adapter_config peft_type "IA3" GONE
-lora adapter_config r 0 -1 "x" 3|lora adapter_config target_modules [] null ["nosuch"] ["to_q"] 1"""
+lora adapter_config r 0 -1 "x" 3 10000000|lora adapter_config target_modules [] null ["nosuch"] ["to_q"] 1"""
 # Not read, or tokenizer.json, beside them, holds what they do. Changes after which all is as it was.
 UNREAD = r"merges.txt|vocab.json|README.md|\.lock|index.html|data.js|.*\.mp4|"
 HARMLESS = r"(tokenizer|preprocessor)_config.json: \{\}|t2v/tokenizer/tokenizer.json: removed|\(the same\)"

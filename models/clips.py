@@ -18,7 +18,7 @@ def chain(family, cfg):
     """
     frames, left = divmod(cfg.num_frames, cfg.clips)
     said, group = f"--num_frames {cfg.num_frames}", family.frame_multiple
-    need(hasattr(family, "start"), "--clips: this model starts from no image, take svd, ltx or wan2.2-5b")
+    need(hasattr(family, "start"), "--clips: this model starts from no image: svd, ltx, wan2.2-5b do")
     need(not left, f"{said}: must be a multiple of --clips {cfg.clips}")
     fits = (frames - 1) % group == 0
     need(fits, f"{said}: a clip has {frames}, must be 1 more than a multiple of {group}")

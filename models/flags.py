@@ -20,10 +20,12 @@ def check_flags(cfg, family, source: str, device: str, given: dict) -> dict:
         borrow("base", "--base_lora")["read_base"](cfg.base_lora, family, family.skeleton(source))
     if cfg.lora:
         found = lora["check_lora"](cfg.lora, family.skeleton(source), given)
-        card = Path(cfg.lora) / "README.md"
-        fused = re.search("after the LoRA (.*) was fused", card.read_text()) if card.is_file() else None
-        if fused and not cfg.base_lora:
-            print(f"{cfg.lora} was trained with --base_lora {fused[1]}: give it here too")
+        card, base = Path(cfg.lora) / "README.md", cfg.base_lora
+        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+        (then,) = re.findall("after the LoRA (.*) was fused", text)[:1] or ["none"]
+        now = "none" if not base else Path(base).name if Path(base).exists() else base
+        if "VADER" in text and then != now:
+            print(f"{cfg.lora} was trained with --base_lora {then}, not {now}: see its run's config.json")
     elif cfg.lora_targets:
         lora["check_targets"](cfg.lora_targets, family.skeleton(source))
     for flag in ("quantize", "tracker"):

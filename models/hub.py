@@ -96,7 +96,7 @@ def write_repository(cfg, rows: list[dict]) -> Path:
     folder, (family, source, preset) = Path(cfg.out) / "hub", find_model(cfg.model)
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(Path(cfg.out) / "lora", folder)
-    about = "".join(re.findall("^A LoRA .*", (folder / "README.md").read_text(), re.M))
+    about = "".join(re.findall("^A LoRA .*", (folder / "README.md").read_text(encoding="utf-8"), re.M))
     videos, widget = show_videos(cfg, rows, folder)
     stock, part, local = family.lora_pipeline, f"pipe.{family.folder}", Path(source).exists()
     load = f'{part} = peft.PeftModel.from_pretrained({part}, "{cfg.push_to_hub}")'

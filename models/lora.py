@@ -21,11 +21,13 @@ def read_lora(folder: str, flag: str, skeleton) -> tuple[peft.LoraConfig, dict]:
         there = (Path(folder) / name).is_file()
         need(there, f"{flag} {folder}: there is no {name}: give a run's lora folder")
     says = read_json(Path(folder) / "adapter_config.json")
-    kind, alpha = says.get("peft_type"), says.get("lora_alpha")
+    kind, alpha, rank = (says.get(key) for key in ("peft_type", "lora_alpha", "r"))
     need(kind == "LORA", f"{flag} {folder}: its adapter_config.json is that of a {kind}, not of a LORA")
     good = type(alpha) in (int, float) and 0 < alpha <= 1e6
     need(good, f"{flag} {folder}: lora_alpha of its adapter_config.json is {alpha!r}: give one from 0 to 1e6")
     need(type(says.get("target_modules")) is list, f"{flag} {folder}: target_modules must be a list of names")
+    good = type(rank) is int and 0 < rank <= 1024
+    need(good, f"{flag} {folder}: r of its adapter_config.json is {rank!r}: give one from 1 to 1024")
     kinds = ("modules_to_save", "bias", "use_dora")
     odd = [name for name in kinds if says.get(name) not in (None, False, "none")]
     need(not odd, f"{flag} {folder}: there is no code for {min(odd, default='')} of its adapter_config.json")

@@ -172,7 +172,12 @@ def test_a_lora_trained_on_another_base_says_so(settings, tmp_path, capsys):
     vader.train(replace(settings, base_lora=str(tmp_path / "base"), steps=1, eval_videos=0))
     capsys.readouterr()
     vader.resolve(replace(settings, mode="sample", lora=f"{settings.out}/lora", lora_rank=None))
-    assert "was trained with --base_lora base: give it here too" in capsys.readouterr().out
+    assert "was trained with --base_lora base, not none" in capsys.readouterr().out
+    vader.resolve(replace(settings, mode="sample", lora=f"{settings.out}/lora", lora_rank=None,
+                          base_lora=str(tmp_path / "base")))  # fmt: skip
+    assert "was trained" not in capsys.readouterr().out
+    vader.Path(settings.out, "lora", "README.md").write_bytes(b"\xff\xfe of nobody")
+    vader.resolve(replace(settings, mode="sample", lora=f"{settings.out}/lora", lora_rank=None))
 
 
 def test_a_run_with_another_base_lora_is_not_gone_on_with(settings, tmp_path):
