@@ -80,8 +80,8 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
     """
     cfg, source, family, prompts = resolve(cfg)
     videos, T, K = cfg.grad_accum, cfg.num_inference_steps, cfg.backprop_steps
-    cfg = dataclasses.replace(cfg, num_inference_steps=1, backprop_steps=1)
     times = family(source, "cpu", vader.DTYPES[cfg.dtype]).schedule(cfg).t[:1]
+    cfg = dataclasses.replace(cfg, num_inference_steps=1, backprop_steps=1)
     schedule = vader.Schedule(times, [1.0], [1.0], [1.0], [0.0])  # one step is as large as any
     found, counted, idle = {}, {}, 0  # idle: bytes that wait on the host
 

@@ -144,14 +144,14 @@ def test_plan_of_modelscope_needs_no_weights_and_adds_up(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "key",
-    [(m, "hps", "no") for m in memory.MODELS if m not in ("zeroscope", "anyflow", "cogvideox-5b")]
-    + [("modelscope", r, "no") for r in ("vjepa", "ask")],
+    [*((name, "hps", "no") for name in ("svd", "ltx", "wan2.2-5b")), ("modelscope", "ask", "no")],
 )
 def test_the_table_of_peaks_is_what_is_predicted(key):
     (row,) = (row for row in table("memory") if (row["model"], row["reward"], row["offload"]) == key)
     frames = 16 if key[1] == "vjepa" else None
     found = memory.predict(Config(model=key[0], reward=key[1], decode_frames=frames))
-    assert {name: f"{size:.2f}" for name, size in found.items()}.items() <= row.items()
+    said = {name: float(row[name]) for name in found}
+    assert found == pytest.approx(said, abs=0.02)  # GB; the table has two places
 
 
 @pytest.mark.parametrize("name", ["svd", *slow("wan", "animatediff", "cogvideox", "ltx")])

@@ -30,7 +30,9 @@ PHOTO = str(HERE.parent / "tiny" / "photo-cat.jpg")
 ARGS = {"remove": "book", "camera": "zoom in"}  # of rewards that must be told of what
 PUBLISHED = [name for names in vader.FAMILIES.values() for name in names if (memory.CONFIGS / name).is_dir()]
 U_NETS = [name for name in PUBLISHED if vader.find_model(name)[0].folder == "unet"]
-FAMILIES = [*((name, "bf16") for name in PUBLISHED), *((name, "fp16") for name in U_NETS)]
+# ZeroScope is ModelScope with larger videos
+FAMILIES = [(name, "bf16") for name in PUBLISHED if name != "zeroscope"]
+FAMILIES += [(name, "fp16") for name in U_NETS if name != "zeroscope"]
 REWARDS = [*rewards.REWARDS]
 # kernels of a GPU that take no mix of dtypes; fake ones do, and those of a CPU in part
 ONE_DTYPE = {"addmm", "baddbmm", "bmm", "convolution", "mm", "native_group_norm", "native_layer_norm"}
