@@ -517,7 +517,7 @@ class Batch(NamedTuple):
     generator: torch.Generator  # for what is drawn on the way
     picks: list[int]  # latent frames that are scored
     trained: list[int]  # sampling steps that get a gradient
-    scale: float = 1.0  # of the loss: 1 / grad_accum, times that of fp16
+    scale: float = 1.0  # of the loss: 1 / (grad_accum * processes), times that of fp16
 
 
 def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trained=(), scale=1.0) -> Batch:
@@ -871,7 +871,7 @@ def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None) -
     parameters = list(lora_parameters(run.model).values())
     optimizer.zero_grad()
     # asked for by scaling a one: a scaler has no scale before it has scaled something
-    scale = scaler.scale(torch.ones((), device=parameters[0].device)).item() / cfg.grad_accum
+    scale = scaler.scale(torch.ones((), device=parameters[0].device)).item() / (cfg.grad_accum * world)
     for m in range(cfg.grad_accum):
         number = (step * cfg.grad_accum + m) * world + rank
         chosen = batch_prompts(prompts, cfg, number)
@@ -879,8 +879,7 @@ def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None) -
             found.setdefault(name, []).extend(value.tolist())
     if world > 1:
         for p in parameters:
-            dist.all_reduce(p.grad)
-            p.grad /= world
+            dist.all_reduce(p.grad)  # a sum: the mean, as the loss is scaled by 1 / world
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
     if math.isfinite(norm):
