@@ -559,7 +559,8 @@ def rollout(run: Run, batch: Batch) -> list:
     if guided:
         cond = {name: torch.cat([batch.uncond[name], value]) for name, value in cond.items()}
     for i, t in enumerate(schedule.t):
-        f = model.denoise(torch.cat([schedule.c[i] * x] * (1 + guided)), t, cond)
+        scaled = schedule.c[i] * x
+        f = model.denoise(torch.cat([scaled, scaled]) if guided else scaled, t, cond)
         if guided:
             f_uncond, f_cond = f.chunk(2)
             f = f_uncond + w * (f_cond - f_uncond)
@@ -604,7 +605,7 @@ def walk_back(run: Run, batch: Batch, latents, g):
     for i in range(len(schedule.t) - 1, earliest - 1, -1):
         a, b, c, t = schedule.a[i], schedule.b[i], schedule.c[i], schedule.t[i]
         x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)
-        for cond, share in branches if i in batch.trained else ():
+        for cond, share in branches if i in batch.trained else ():  # others only pass g on
             f = model.denoise(c * x, t, cond)
             f.backward(share * b * g)
             del f  # before the next branch builds its graph

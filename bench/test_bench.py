@@ -150,8 +150,7 @@ def test_the_table_of_peaks_is_what_is_predicted(key):
     (row,) = (row for row in table("memory") if (row["model"], row["reward"], row["offload"]) == key)
     frames = 16 if key[1] == "vjepa" else None
     found = memory.predict(Config(model=key[0], reward=key[1], decode_frames=frames))
-    said = {name: float(row[name]) for name in found}
-    assert found == pytest.approx(said, abs=0.02)  # GB; the table has two places
+    assert {name: f"{size:.2f}" for name, size in found.items()}.items() <= row.items()
 
 
 @pytest.mark.parametrize("name", ["svd", *slow("wan", "animatediff", "cogvideox", "ltx")])
