@@ -62,7 +62,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Folder of a small random checkpoint of a family in models/, by its name in BUILDERS."""
-    from test_models import BUILDERS  # which imports this file
+    from models.test_models import BUILDERS  # which imports this file
 
     built = {}
 

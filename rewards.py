@@ -10,7 +10,7 @@ the colon in `--reward name:arg`; when that has no default, it must be given.
 Optional: `reward.report`, {name: (B,)} figures of the last call, to log; `reward.check(prompts)`, called once
 before training, raises BadInput; `reward.networks`, modules that `--offload` moves to host memory.
 
-Your own reward: write `make_mine` by imitating `make_colorful`; `need` refuses what it can't work with.
+Your own reward: write `make_mine` by imitating `make_colorful`; `require` refuses what it can't work with.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ import json
 import os
 import pickle
 import re
-import runpy
 import struct
 import zipfile
 from pathlib import Path
@@ -41,158 +40,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-HERE = Path(__file__).resolve().parent
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 # ---- 1. Shared pieces --------------------------------------------------------------------------------------
-class BadInput(Exception):
-    """A setting or file that can't be used; its message is one line that says what to do."""
-
-
-def need(ok, message: str):
-    """Raise BadInput(message) unless ok."""
-    if not ok:
-        raise BadInput(message)
-
-
-def borrow(module: str, what: str) -> dict:
-    """What models/<module>.py defines, which `what` asks for. Raises BadInput."""
-    file = HERE / "models" / f"{module}.py"
-    need(file.is_file(), f"{what} needs models/{file.name} beside rewards.py: get it from the repository")
-    return runpy.run_path(str(file), run_name=f"models.{module}")
-
-
-def hub_problem(error: Exception, source: str) -> str:
-    """What to do about an exception of huggingface_hub; its more particular classes come first."""
-    status = getattr(getattr(error, "response", None), "status_code", "")
-    late = "does not answer" if "Timeout" in type(error).__name__ else "can't be reached"
-    offline = "check the network, or take --model tiny, needing none"
-    rows = {
-        hub.GatedRepoError: f"accept its terms on huggingface.co/{source}, then run `hf auth login`",
-        hub.RepositoryNotFoundError: "no such folder, nor on the hub: check it, or run `hf auth login`",
-        hub.HFValidationError: "no such folder, and no hub id either: check the spelling",
-        hub.OfflineModeIsEnabled: f"it is not in the cache, and HF_HUB_OFFLINE is set: {offline}",
-        (hub.HfHubHTTPError, hub.LocalTokenNotFoundError): f"error {status}: wait, or run `hf auth login`",
-        (hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError): f"the hub {late}: {offline}",
-        OSError: f"{error}: make room, or set HF_HOME to a place on another disk",
-    }
-    return next(text for kinds, text in rows.items() if isinstance(error, kinds))
-
-
-@functools.cache
-def list_hub(source: str) -> list[str]:
-    """The files of a hub repository. One request without retries: what is wrong shows within seconds."""
-    return [file.rfilename for file in HfApi().model_info(source, timeout=8).siblings]
-
-
-@contextlib.contextmanager
-def asking_hub(source: str, flag: str):
-    """Inside, what huggingface_hub raises is one line. Raises BadInput."""
-    try:
-        yield
-    except (hub.HTTPError, OSError, hub.HFValidationError) as error:
-        raise BadInput(f"{flag}: can't get {source!r}: {hub_problem(error, source)}") from None
-
-
-def fetch(source: str, name: str, flag: str) -> Path:
-    """One file of a folder; or of a hub repository, from the cache, else downloaded. Raises BadInput."""
-    where = Path(source)
-    need(not where.is_file(), f"{flag}: {source} is a file: give the folder that has its config beside it")
-    if where.is_dir():
-        need((where / name).is_file(), f"{flag}: there is no {name} in the folder {source}")
-        return where / name
-    with asking_hub(source, flag):
-        cached = try_to_load_from_cache(source, name)
-        if not isinstance(cached, str):
-            need(name in list_hub(source), f"{flag}: there is no {name} in {source} on the hub")
-            cached = hf_hub_download(source, name)
-        return Path(cached)
-
-
-DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
-DAMAGED += (RuntimeError, EOFError, SyntaxError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile)
-DAMAGED += (SafetensorError, Image.DecompressionBombError, hub.StrictDataclassError, ImportError)
-
-
-class reading(contextlib.AbstractContextManager):
-    """Inside, what libraries raise on damaged files is one line, `problem` first. Raises BadInput."""
-
-    def __init__(self, problem: str):
-        self.problem = problem
-
-    def __exit__(self, kind, error, trace):
-        if kind is Exception or isinstance(error, DAMAGED):  # tokenizers raise the bare class
-            said = f"{kind.__name__}: {' '.join(str(error).split())[:120]}"
-            raise BadInput(f"{self.problem} ({said})") from None
-
-
-def read_json(path: Path) -> dict:
-    with reading(f"{path} is damaged, get it again"):
-        return dict(json.loads(path.read_text(encoding="utf-8")).items())
-
-
-# Files of weights: (fp16 or not, of how many, kind). What a tokenizer can't do without.
-WEIGHTS = r"(?:diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(?:-\d+-of-(\d+))?(\.safetensors|\.bin)"
-VOCABULARIES = [{"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"}, {"tokenizer.model"}]
-VOCABULARIES += [{"preprocessor_config.json"}]  # that of a processor
-
-
-def pick_files(names, network: bool, half: bool) -> list[str]:
-    """Which of a folder's files to take: safetensors before .bin, fp16 if `half`. Incomplete: none."""
-    if not network:
-        return next((sorted(files) for files in VOCABULARIES if files <= {*names}), [])
-    groups = {}
-    for found in filter(None, (re.fullmatch(WEIGHTS, name) for name in names)):
-        fp16, parts, kind = found.groups()
-        groups.setdefault((kind, bool(fp16) == half, int(parts or 1)), []).append(found[0])
-    return groups.get(max((key for key, files in groups.items() if len(files) == key[2]), default=None), [])
-
-
-def load(kind, source: str, flag: str, subfolder="", dtype=None, device=None, more="$"):
-    """`kind.from_pretrained`, whole: nothing missing, nothing that nobody takes, every number finite.
-
-    kind: class of a network or tokenizer in transformers or diffusers; source: a folder or hub id; device:
-    of what is to be `frozen`; more: pattern of the keys that the published file holds. Raises BadInput.
-    """
-    network = hasattr(kind, "state_dict") or "AutoModel" in kind.__name__
-    half = dtype in (torch.float16, torch.bfloat16)
-    prefix = f"{subfolder}/" if subfolder else ""
-    config = "preprocessor" if "ImageProcessor" in kind.__name__ else "tokenizer"
-    folder = fetch(source, prefix + ("config.json" if network else f"{config}_config.json"), flag).parent
-    files = pick_files(os.listdir(folder), network, half)
-    if not files and not Path(source).is_dir():
-        names = [name.removeprefix(prefix) for name in list_hub(source) if name.startswith(prefix)]
-        files = pick_files(names, network, half)
-        for name in [*filter(re.compile(r"[^/]*\.(json|txt|model|jinja)").fullmatch, names), *files]:
-            fetch(source, prefix + name, flag)
-    what = "weights" if network else "its vocabulary"
-    need(files, f"{flag}: {folder} lacks {what}, or a part: get it again")
-    with reading(f"{flag}: {folder} holds no {kind.__name__}, or a damaged one: get it again"):
-        if not network:
-            need("tokenizer.json" not in files or read_json(folder / "tokenizer.json")["model"]["vocab"], "")
-            return kind.from_pretrained(str(folder), local_files_only=True)
-        variant = "fp16" if ".fp16" in files[0] else None
-        made, info = kind.from_pretrained(str(folder), dtype=dtype, variant=variant, output_loading_info=True)
-    odd = [key for key in info["unexpected_keys"] if not re.match(f"{more}|.*position_ids$", key)]
-    odd += [*info["missing_keys"], *info["mismatched_keys"]]
-    state = {key: w for key, w in made.state_dict().items() if w.is_floating_point() and not w.is_meta}
-    odd += [key for key, w in state.items() if not w.isfinite().all()]
-    said = f"{flag}: {len(odd)} weights of the {kind.__name__} in {folder} are missing, odd or not finite"
-    need(not odd, f"{said}, as {min(map(str, odd), default='')}: get it again")
-    return made if device is None else frozen(made, device, dtype)
-
-
-def load_state(network, path: Path, inside: str | None = None):
-    """Load a file of torch.save into a network, all of it. inside: the key it is under. Raises BadInput."""
-    with reading(f"{path} is damaged, get it again"):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        network.load_state_dict(state[inside] if inside else state)
-        need(all(w.isfinite().all() for w in network.state_dict().values()), f"{path}: not all is finite")
-    return network
-
-
 def evenly_spaced(n: int, size: int) -> list[int]:
     """n indices of `size` things, the first and the last among them; some twice where n is larger."""
     return np.linspace(0, size - 1, n).round().astype(int).tolist()
@@ -356,7 +208,7 @@ def make_hps(device, dtype, weights=None):
     if own.exists():
         name, config = f"local-dir:{folder}", read_json(own).get("model_cfg")
         load(transformers.CLIPTokenizer, folder, "hps")
-    with reading(f"{own} is damaged"):
+    with as_bad_input(f"{own} is damaged"):
         clip, tokenizer = open_clip.CLIP(**config), open_clip.get_tokenizer(name)
     clip = frozen(load_state(clip, path, inside="state_dict"), device, dtype)
 
@@ -453,7 +305,7 @@ def make_action(device, dtype, weights=None, arg=None):
         names = config.id2label.values()
         held = [name for name in names if re.search(rf"\b{re.escape(plain(name))}\b", plain(prompt))]
         near = ", ".join(difflib.get_close_matches(prompt, names, n=3, cutoff=0))
-        need(held, f"prompt {prompt!r} names no action; give one, as in action:{near} (the nearest)")
+        require(held, f"prompt {prompt!r} names no action; give one, as in action:{near} (the nearest)")
         return pick_label(config.id2label, max(held, key=len), "action")
 
     def check(prompts):
@@ -474,20 +326,70 @@ def make_action(device, dtype, weights=None, arg=None):
     return reward
 
 
+def jepa_masks(time: int, height: int, width: int, blocks: int, area: float, generator):
+    """V-JEPA's mask: `blocks` rectangles, each `area` of a frame, aspect 0.75 to 1.5, through all of time.
+
+    Returns token indices (context,), (target,) of a clip of time x height x width tokens; neither is empty.
+    """
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    for _ in range(blocks):
+        aspect = 0.75 + 0.75 * torch.rand((), generator=generator).item()
+        sides = [(height, aspect), (width, 1 / aspect)]
+        h, w = (min(max(round((area * height * width * share) ** 0.5), 1), most) for most, share in sides)
+        top = int(torch.randint(height - h + 1, (), generator=generator))
+        left = int(torch.randint(width - w + 1, (), generator=generator))
+        inside[top : top + h, left : left + w] = True
+    inside[0, 0] &= not inside.all()
+    everywhere = inside.expand(time, -1, -1).flatten()
+    return (~everywhere).nonzero()[:, 0], everywhere.nonzero()[:, 0]
+
+
+def jepa_loss(model, pixels, true, context, target):
+    """V-JEPA's loss (Bardes et al. 2024, eq. 1) of each clip, (B,): L1 of predicted and true features.
+
+    `VJEPA2Model.forward` drops the masked tokens after the encoder, when the context has seen them: here they
+    are dropped before any layer. pixels: (B, N, 3, S, S) normalised; true: (B, T, D) the encoder's features
+    of the full clip, layer-normed here; context (C,), target (M,): token indices.
+    """
+    batch, seen = len(pixels), model.encoder.embeddings(pixels)[:, context]
+    for layer in model.encoder.layer:
+        seen = layer(seen, context.expand(batch, -1))[0]
+    # the predictor picks the context out of a whole clip of features
+    features = torch.zeros_like(true).index_copy(1, context, model.encoder.layernorm(seen))
+    rows = ([context.expand(batch, -1)], [target.expand(batch, -1)])
+    predicted, true = exact(model.predictor(features, *rows).last_hidden_state), exact(true[:, target])
+    return (predicted - F.layer_norm(true, true.shape[-1:])).abs().mean((1, 2))
+
+
+def jepa_score(model, pixels):
+    """Minus the loss of each clip, (B,), averaged over four fixed masks: 8 blocks of 15 %, 2 of 70 %, again.
+
+    pixels: (B, N, 3, S, S) normalised; N a multiple of the model's tubelet_size.
+    """
+    true = model.encoder(pixels).last_hidden_state  # with gradient: the loss as a function of the pixels
+    config = model.config
+    side, time = config.crop_size // config.patch_size, pixels.shape[1] // config.tubelet_size
+    generator, losses = torch.Generator().manual_seed(0), []
+    for blocks, area in [(8, 0.15), (2, 0.7)] * 2:
+        masks = jepa_masks(time, side, side, blocks, area, generator)
+        losses.append(jepa_loss(model, pixels, true, *(mask.to(pixels.device) for mask in masks)))
+    return -torch.stack(losses).mean(0)
+
+
 def make_vjepa(device, dtype, weights=None):
     """Minus V-JEPA 2's own masked prediction loss (Assran et al. 2025), from 0 down: how plausible a clip is.
 
     Wants all frames (an odd last one is left out); --decode_frames 16 bounds what that costs.
     """
-    score, source = borrow("vjepa", "vjepa")["jepa_score"], weights or "facebook/vjepa2-vitl-fpc64-256"
+    source = weights or "facebook/vjepa2-vitl-fpc64-256"
     model = load(transformers.VJEPA2Model, source, "vjepa", dtype=dtype, device=device)
     side, tube = model.config.crop_size, model.config.tubelet_size
 
     def reward(frames, prompts):
-        need(frames.shape[1] >= tube, f"vjepa needs {tube} frames: raise --decode_frames or --num_frames")
+        require(frames.shape[1] >= tube, f"vjepa needs {tube} frames: raise --decode_frames or --num_frames")
         clips, crop = frames[:, : frames.shape[1] // tube * tube], dict(short_side=True, crop=side)
         pixels = preprocess(clips, side * 256 // 224, IMAGENET_MEAN, IMAGENET_STD, mode="bilinear", **crop)
-        return score(model, pixels.view(*clips.shape[:3], side, side).to(dtype))
+        return jepa_score(model, pixels.view(*clips.shape[:3], side, side).to(dtype))
 
     reward.frames, reward.networks = "all", [model]
     return reward
@@ -502,7 +404,7 @@ def make_smooth(device, dtype, weights=None):
     """Minus mean squared second differences in time over first ones, at 16 x 16: 0 is steady, noise is -3."""
 
     def reward(frames, prompts):
-        need(frames.shape[1] >= 3, "smooth needs 3 frames: raise --decode_frames or --num_frames")
+        require(frames.shape[1] >= 3, "smooth needs 3 frames: raise --decode_frames or --num_frames")
         first, second = changes(frames), changes(frames).diff(dim=1)
         # the small number is a change of 1/100 of the range: less than that is still
         return -second.square().mean((1, 2, 3, 4)) / (first.square().mean((1, 2, 3, 4)) + 1e-4)
@@ -515,25 +417,72 @@ def make_dynamic(device, dtype, weights=None):
     """How much moves: mean absolute difference of neighbouring frames at 16 x 16, in percent. No network."""
 
     def reward(frames, prompts):
-        need(frames.shape[1] >= 2, "dynamic needs 2 frames: raise --decode_frames or --num_frames")
+        require(frames.shape[1] >= 2, "dynamic needs 2 frames: raise --decode_frames or --num_frames")
         return 100 * changes(frames).abs().mean((1, 2, 3, 4))
 
     reward.frames = "all"
     return reward
 
 
+def camera_rates(frames):
+    """How the camera moves from each frame to the next: (B, N - 1, 4), and how much shows it, (B, N - 1).
+
+    Pan right, pan up, zoom in, roll right in percent: of the frame's width, its height, its size, a radian.
+    The similarity motion between frames by Gauss-Newton on brightness constancy (Lucas & Kanade 1981; Bergen
+    et al. 1992), coarse then fine, differentiated through the last step. Weights keep moving objects out, a
+    ridge pulls to 0 where texture lacks. The second is the share of the frame that carries the estimate.
+    """
+
+    def step(p, a, b):
+        """p: (M, 4) right, down, larger, clockwise, in half frames; a, b: (M, h, w) grey -> p, seen."""
+        h, w = a.shape[1:]
+        y, x = torch.meshgrid(*((torch.arange(n).to(a) + 0.5) / n * 2 - 1 for n in (h, w)), indexing="ij")
+        one, zero, here = torch.ones_like(x), torch.zeros_like(x), torch.stack([x, y], -1)
+        right, down = torch.stack([one, zero, x, -y * h / w]), torch.stack([zero, one, y, x * w / h])
+        flow = torch.stack([torch.einsum("mk,khw->mhw", p, move) for move in (right, down)], -1)
+        # each frame goes half the way, so both are blurred alike
+        grids = torch.cat([here - flow / 2, here + flow / 2]).nan_to_num().clamp(-2, 2)
+        a, b = F.grid_sample(torch.cat([a, b])[:, None], grids, "bilinear", "border", False)[:, 0].chunk(2)
+        residual, (slope_y, slope_x) = a - b, torch.gradient((a + b) / 2, dim=(1, 2))
+        slope = slope_x[:, None] * right * w / 2 + slope_y[:, None] * down * h / 2  # (M, 4, h, w)
+        with torch.no_grad():
+            inside = torch.stack((grids.abs() <= 1).all(-1).chunk(2)).all(0)
+            median = residual.abs().masked_fill(~inside, torch.nan).flatten(1).nanmedian(1).values
+            scale = 2 * median.nan_to_num()[:, None, None] + 0.001  # where nothing is inside
+            sure = inside / (1 + (residual / scale) ** 2) ** 2
+            told = (sure * slope[:, :2].square().sum(1)).flatten(1)
+            seen, sure = told.mean(1) ** 2 / (told.square().mean(1) + 1e-20), sure / (h * w)
+        normal = torch.einsum("mkhw,mlhw,mhw->mkl", slope, slope, sure) + 1e-5 * torch.eye(4).to(a)
+        pull = torch.einsum("mkhw,mhw->mk", slope, sure * residual) - 1e-5 * p
+        return p + torch.linalg.solve(normal, pull), seen
+
+    shrink = max(1, min(frames.shape[-2:]) / 64)
+    grey = F.interpolate(exact(frames).mean(2), scale_factor=1 / shrink, mode="bilinear", antialias=True)
+    for _ in range(4):
+        grey = F.avg_pool2d(grey, 3, stride=1, padding=1, count_include_pad=False)
+    pairs = grey[:, :-1].flatten(0, 1), grey[:, 1:].flatten(0, 1)
+    p = grey.new_zeros(len(pairs[0]), 4)
+    with torch.no_grad():
+        for level in [[F.avg_pool2d(side, 4) for side in pairs]] * 8 + [pairs] * 8:
+            p, _ = step(p, *level)
+    p, seen = step(p, *pairs)
+    rates = p * torch.tensor([-50.0, 50.0, 100.0, -100.0]).to(p)
+    return rates.unflatten(0, (len(frames), -1)), seen.unflatten(0, (len(frames), -1))
+
+
 def make_camera(device, dtype, weights=None, *, arg):
-    """How well the camera does as told, by models/camera.py. arg: smooth, still, zoom in, pan left, ...
+    """How well the camera does as told, see `camera_rates`. arg: smooth, still, zoom in, pan left, ...
 
     smooth: minus the rates' mean squared change over their mean square, 0 at best; still: minus their mean
     size; a move: its mean rate, less half of the others' and of its own change. Reports the rates and `seen`.
     """
     moves = ["pan right", "pan up", "zoom in", "roll right", "pan left", "pan down", "zoom out", "roll left"]
     kind, warned = pick_label(dict(enumerate([*moves, "smooth", "still"])), arg, "camera move"), []
-    camera_rates = borrow("camera", "camera")["camera_rates"]
 
     def reward(frames, prompts):
-        need(frames.shape[1] >= 3 and min(frames.shape[-2:]) >= 16, "camera needs 3 frames of 16 x 16 pixels")
+        require(
+            frames.shape[1] >= 3 and min(frames.shape[-2:]) >= 16, "camera needs 3 frames of 16 x 16 pixels"
+        )
         rates, seen = camera_rates(frames)
         reward.report = dict(zip(moves, rates.detach().mean(1).T, strict=False)) | {"seen": seen.mean(1)}
         if (share := seen.mean().item()) < 0.1 and not warned:
@@ -564,10 +513,12 @@ def make_ask(
     source = weights or "HuggingFaceTB/SmolVLM2-500M-Video-Instruct"
     kind, flag = transformers.AutoModelForImageTextToText, "ask (--vlm)"
     processor = load(transformers.AutoProcessor, source, flag)
-    need(hasattr(processor, "video_processor"), f"{flag}: {source} takes no videos")
+    require(hasattr(processor, "video_processor"), f"{flag}: {source} takes no videos")
     network = load(kind, source, flag, dtype=dtype, device=device)
     if quantize != "none":
-        borrow("base", "--quantize")["quantize"](network, quantize, dtype)
+        from extras.base_lora import quantize as quantize_linear_layers
+
+        quantize_linear_layers(network, quantize, dtype)
     longest = getattr(network.config.get_text_config(), "max_position_embeddings", 1e9)
     resize = processor.video_processor.resize
     # as on the 8 bits a channel that processors expect: what overshoots when it is resized is cut
@@ -584,19 +535,19 @@ def make_ask(
         said = [{"role": "user", "content": content}]
         chat = processor.apply_chat_template(said, add_generation_prompt=True)
         clip = 255 * exact(clip) + 1e-3  # SmolVLM drops a frame that is exactly 0 after its processor
-        with reading(f"{flag}: {source} can't take {content[1]['text'][:60]!r} and a video"):
+        with as_bad_input(f"{flag}: {source} can't take {content[1]['text'][:60]!r} and a video"):
             given = processor(text=[chat], videos=[[clip]], do_sample_frames=False, return_tensors="pt")
-        need(given.input_ids.shape[1] <= longest, f"ask: question and prompt have over {longest} tokens")
+        require(given.input_ids.shape[1] <= longest, f"ask: question and prompt have over {longest} tokens")
         return given.to(device)
 
     yes, no = tokens("yes"), tokens("no")
     told = yes and no and not {*yes} & {*no}
-    need(told, f"{flag}: the tokenizer of {source} has no token for yes or no: give another --vlm")
+    require(told, f"{flag}: the tokenizer of {source} has no token for yes or no: give another --vlm")
     given = inputs(noise := torch.rand(8, 3, 64, 64, requires_grad=True), "")
     kept = any(part.requires_grad for part in given.values() if isinstance(part, torch.Tensor))
     kept = kept or not torch.is_grad_enabled()
-    need(kept, f"{flag}: the processor of {source} loses the gradient: give another --vlm, as SmolVLM2")
-    with torch.no_grad(), reading(f"{flag}: network and processor of {source} do not fit together"):
+    require(kept, f"{flag}: the processor of {source} loses the gradient: give another --vlm, as SmolVLM2")
+    with torch.no_grad(), as_bad_input(f"{flag}: network and processor of {source} do not fit together"):
         network(**given, use_cache=False, logits_to_keep=1)
 
     def check(prompts):
@@ -629,18 +580,20 @@ def parse(spec: str) -> list[tuple[float, str, str | None]]:
         found = re.match(term, rest)
         good = found and (bool(found[1]) == bool(terms) or found[1] == "-")
         example = "write as \"hps + 0.5*clip\", what has + or - in it in quotes: ask:'Is it 1 + 1?'"
-        need(good, f"can't read {rest.strip()!r} in --reward {spec!r}: {example}")
+        require(good, f"can't read {rest.strip()!r} in --reward {spec!r}: {example}")
         sign, minus, weight, name, arg = found.groups()
         rest, name, arg = rest[found.end() :], name.lower(), arg and arg.strip("\"' ")
         weight = float(weight or 1) * (-1) ** [sign, minus].count("-")
         near = "".join(f"did you mean {near!r}? " for near in difflib.get_close_matches(name, REWARDS, n=1))
-        need(name in REWARDS, f"--reward: unknown reward {name!r}: {near}There are: {', '.join(REWARDS)}")
-        need((name, arg) not in [one[1:] for one in terms], f"{name} stands twice in --reward: weigh it once")
-        need(abs(weight) <= 1e9, f"the weight of {name} in --reward: give one from -1e9 to 1e9")
+        require(name in REWARDS, f"--reward: unknown reward {name!r}: {near}There are: {', '.join(REWARDS)}")
+        require(
+            (name, arg) not in [one[1:] for one in terms], f"{name} stands twice in --reward: weigh it once"
+        )
+        require(abs(weight) <= 1e9, f"the weight of {name} in --reward: give one from -1e9 to 1e9")
         takes = inspect.signature(REWARDS[name]).parameters.get("arg")
-        need(takes or not arg, f"{name} takes nothing after the colon: --reward {name}")
+        require(takes or not arg, f"{name} takes nothing after the colon: --reward {name}")
         told = arg or not takes or takes.default is not takes.empty and arg is None
-        need(told, f"{name} must be told of what, after a colon: --reward {name}:...")
+        require(told, f"{name} must be told of what, after a colon: --reward {name}:...")
         terms.append((weight, name, arg))
     return terms
 
@@ -679,10 +632,152 @@ def weighted_rewards(terms: dict, video, prompts: list[str], chunk=1, scale=None
             value = reward(view, prompts)
             good = isinstance(value, torch.Tensor) and value.shape == (len(prompts),)
             good = good and (value.requires_grad or scale is None)
-            need(good, f"reward {name!r} must return ({len(prompts)},), one per video, with a gradient")
+            require(good, f"reward {name!r} must return ({len(prompts)},), one per video, with a gradient")
             if scale is not None:
                 (scale * (weight * share * value).sum()).backward()
             figures = {f"{name} {key}": v for key, v in getattr(reward, "report", {}).items()}
             for key, part in {"reward": weight * value, name: value, **figures}.items():
                 found[key] = found.get(key, 0) + share * part.detach()
     return found
+
+
+# ---- 5. Loading weights, from a folder or the hub ----------------------------------------------------------
+class BadInput(Exception):
+    """A setting or file that can't be used; its message is one line that says what to do."""
+
+
+def require(ok, message: str):
+    """Raise BadInput(message) unless ok."""
+    if not ok:
+        raise BadInput(message)
+
+
+def hub_problem(error: Exception, source: str) -> str:
+    """What to do about an exception of huggingface_hub; its more particular classes come first."""
+    status = getattr(getattr(error, "response", None), "status_code", "")
+    late = "does not answer" if "Timeout" in type(error).__name__ else "can't be reached"
+    offline = "check the network, or take --model tiny, needing none"
+    rows = {
+        hub.GatedRepoError: f"accept its terms on huggingface.co/{source}, then run `hf auth login`",
+        hub.RepositoryNotFoundError: "no such folder, nor on the hub: check it, or run `hf auth login`",
+        hub.HFValidationError: "no such folder, and no hub id either: check the spelling",
+        hub.OfflineModeIsEnabled: f"it is not in the cache, and HF_HUB_OFFLINE is set: {offline}",
+        (hub.HfHubHTTPError, hub.LocalTokenNotFoundError): f"error {status}: wait, or run `hf auth login`",
+        (hub.HTTPError, hub.LocalEntryNotFoundError, ConnectionError): f"the hub {late}: {offline}",
+        OSError: f"{error}: make room, or set HF_HOME to a place on another disk",
+    }
+    return next(text for kinds, text in rows.items() if isinstance(error, kinds))
+
+
+@functools.cache
+def list_hub(source: str) -> list[str]:
+    """The files of a hub repository. One request without retries: what is wrong shows within seconds."""
+    return [file.rfilename for file in HfApi().model_info(source, timeout=8).siblings]
+
+
+@contextlib.contextmanager
+def asking_hub(source: str, flag: str):
+    """Inside, what huggingface_hub raises is one line. Raises BadInput."""
+    try:
+        yield
+    except (hub.HTTPError, OSError, hub.HFValidationError) as error:
+        raise BadInput(f"{flag}: can't get {source!r}: {hub_problem(error, source)}") from None
+
+
+def fetch(source: str, name: str, flag: str) -> Path:
+    """One file of a folder; or of a hub repository, from the cache, else downloaded. Raises BadInput."""
+    where = Path(source)
+    require(not where.is_file(), f"{flag}: {source} is a file: give the folder that has its config beside it")
+    if where.is_dir():
+        require((where / name).is_file(), f"{flag}: there is no {name} in the folder {source}")
+        return where / name
+    with asking_hub(source, flag):
+        cached = try_to_load_from_cache(source, name)
+        if not isinstance(cached, str):
+            require(name in list_hub(source), f"{flag}: there is no {name} in {source} on the hub")
+            cached = hf_hub_download(source, name)
+        return Path(cached)
+
+
+DAMAGED = (OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError)
+DAMAGED += (RuntimeError, EOFError, SyntaxError, struct.error, pickle.UnpicklingError, zipfile.BadZipFile)
+DAMAGED += (SafetensorError, Image.DecompressionBombError, hub.StrictDataclassError, ImportError)
+
+
+class as_bad_input(contextlib.AbstractContextManager):
+    """Inside, what libraries raise on damaged files is one line, `problem` first. Raises BadInput."""
+
+    def __init__(self, problem: str):
+        self.problem = problem
+
+    def __exit__(self, kind, error, trace):
+        if kind is Exception or isinstance(error, DAMAGED):  # tokenizers raise the bare class
+            said = f"{kind.__name__}: {' '.join(str(error).split())[:120]}"
+            raise BadInput(f"{self.problem} ({said})") from None
+
+
+def read_json(path: Path) -> dict:
+    with as_bad_input(f"{path} is damaged, get it again"):
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
+
+
+# Files of weights: (fp16 or not, of how many, kind). What a tokenizer can't do without.
+WEIGHTS = r"(?:diffusion_pytorch_model|pytorch_model|model)(\.fp16)?(?:-\d+-of-(\d+))?(\.safetensors|\.bin)"
+VOCABULARIES = [{"tokenizer.json"}, {"vocab.json", "merges.txt"}, {"spiece.model"}, {"tokenizer.model"}]
+VOCABULARIES += [{"preprocessor_config.json"}]  # that of a processor
+
+
+def pick_files(names, network: bool, half: bool) -> list[str]:
+    """Which of a folder's files to take: safetensors before .bin, fp16 if `half`. Incomplete: none."""
+    if not network:
+        return next((sorted(files) for files in VOCABULARIES if files <= {*names}), [])
+    groups = {}
+    for found in filter(None, (re.fullmatch(WEIGHTS, name) for name in names)):
+        fp16, parts, kind = found.groups()
+        groups.setdefault((kind, bool(fp16) == half, int(parts or 1)), []).append(found[0])
+    return groups.get(max((key for key, files in groups.items() if len(files) == key[2]), default=None), [])
+
+
+def load(kind, source: str, flag: str, subfolder="", dtype=None, device=None, more="$"):
+    """`kind.from_pretrained`, whole: nothing missing, nothing that nobody takes, every number finite.
+
+    kind: class of a network or tokenizer in transformers or diffusers; source: a folder or hub id; device:
+    of what is to be `frozen`; more: pattern of the keys that the published file holds. Raises BadInput.
+    """
+    network = hasattr(kind, "state_dict") or "AutoModel" in kind.__name__
+    half = dtype in (torch.float16, torch.bfloat16)
+    prefix = f"{subfolder}/" if subfolder else ""
+    config = "preprocessor" if "ImageProcessor" in kind.__name__ else "tokenizer"
+    folder = fetch(source, prefix + ("config.json" if network else f"{config}_config.json"), flag).parent
+    files = pick_files(os.listdir(folder), network, half)
+    if not files and not Path(source).is_dir():
+        names = [name.removeprefix(prefix) for name in list_hub(source) if name.startswith(prefix)]
+        files = pick_files(names, network, half)
+        for name in [*filter(re.compile(r"[^/]*\.(json|txt|model|jinja)").fullmatch, names), *files]:
+            fetch(source, prefix + name, flag)
+    what = "weights" if network else "its vocabulary"
+    require(files, f"{flag}: {folder} lacks {what}, or a part: get it again")
+    with as_bad_input(f"{flag}: {folder} holds no {kind.__name__}, or a damaged one: get it again"):
+        if not network:
+            require(
+                "tokenizer.json" not in files or read_json(folder / "tokenizer.json")["model"]["vocab"], ""
+            )
+            return kind.from_pretrained(str(folder), local_files_only=True)
+        variant = "fp16" if ".fp16" in files[0] else None
+        made, info = kind.from_pretrained(str(folder), dtype=dtype, variant=variant, output_loading_info=True)
+    odd = [key for key in info["unexpected_keys"] if not re.match(f"{more}|.*position_ids$", key)]
+    odd += [*info["missing_keys"], *info["mismatched_keys"]]
+    state = {key: w for key, w in made.state_dict().items() if w.is_floating_point() and not w.is_meta}
+    odd += [key for key, w in state.items() if not w.isfinite().all()]
+    said = f"{flag}: {len(odd)} weights of the {kind.__name__} in {folder} are missing, odd or not finite"
+    require(not odd, f"{said}, as {min(map(str, odd), default='')}: get it again")
+    return made if device is None else frozen(made, device, dtype)
+
+
+def load_state(network, path: Path, inside: str | None = None):
+    """Load a file of torch.save into a network, all of it. inside: the key it is under. Raises BadInput."""
+    with as_bad_input(f"{path} is damaged, get it again"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        network.load_state_dict(state[inside] if inside else state)
+        require(all(w.isfinite().all() for w in network.state_dict().values()), f"{path}: not all is finite")
+    return network

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 import rewards
 import vader
 from conftest import PROMPTS, batch, changed, command, gradient_error, gradients, load, plain_gradient, python
+from extras.lora_files import check_lora
 from vader import HERE, TOY, BadInput, Config, Prompt
 
 TINY = HERE / "tiny" / "t2v"
@@ -174,7 +175,7 @@ assert rows[1]["darkness"] > 0 and rows[1]["grad_norm"] > 0
 
 
 def test_a_fork_can_cut(fork):
-    """Without models/, bench/, page.html, tests: by command line, and pasted into a notebook's cell."""
+    """Without models/, extras/, bench/, page.html, tests: by command line, and pasted into a notebook."""
     out, _ = python("vader.py", "--reward", "aesthetic", "--prompts", "prompts.txt", *SECONDS, cwd=fork)
     assert len(re.findall("no page.html.*\n", out)) == 1
     files = {path.name for path in (fork / "runs" / "aesthetic-tiny").iterdir()}
@@ -183,16 +184,16 @@ def test_a_fork_can_cut(fork):
 
 def test_a_notebook_can_paste(fork):
     _, errors = python("-c", PASTED.replace("sys.argv[2:]", repr(SECONDS)), cwd=fork)
-    assert len(re.findall(r"^vader.py: error: wan needs models/wan.py .*$", errors, re.M)) == 1
+    assert len(re.findall(r"^vader.py: error: No module named .models.*$", errors, re.M)) == 1
     assert (fork / "one" / "lora").is_dir() and (fork / "two" / "lora").is_dir()
 
 
 FAMILY = """
 import __main__, vader
-from rewards import need
+from rewards import require
 class Mine(vader.TextToVideoUNet):
-    def skeleton(source):
-        need(vader is not __main__, "vader is what runs")
+    def build_on_meta(source):
+        require(vader is not __main__, "vader is what runs")
 """
 
 
@@ -201,7 +202,9 @@ def test_a_fork_can_add(fork):
     (fork / "models").mkdir()
     (fork / "models" / "mine.py").write_text(FAMILY)
     source = (fork / "vader.py").read_text()
-    (fork / "vader.py").write_text(source.replace("FAMILIES = {", 'FAMILIES = {"mine.Mine": ("mine",),'))
+    (fork / "vader.py").write_text(
+        source.replace("FAMILIES = {", 'FAMILIES = {"models.mine.Mine": ("mine",),')
+    )
     _, errors = python("vader.py", "--model", "mine", *SECONDS, cwd=fork, code=2)
     assert errors.splitlines()[-1] == "vader.py: error: vader is what runs" and "Traceback" not in errors
 
@@ -418,7 +421,7 @@ def test_a_lora_of_another_model_or_a_damaged_one_is_refused(loaded, tmp_path, c
     for damaged in (dict(list(weights.items())[1:]), {k: w / 0 for k, w in weights.items()}, {}):
         save_file(damaged, file)
         with pytest.raises(BadInput, match="damaged"):
-            vader.borrow("lora", "--lora")["check_lora"](folder, model.skeleton(model.source), {})
+            check_lora(folder, model.build_on_meta(model.source), {})
 
 
 # ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
@@ -597,7 +600,7 @@ def test_ctrl_c_ends_the_run_and_says_how_to_go_on(settings, tmp_path, capsys, m
     assert vader.main(command(cfg)) == 1
     signal.signal(signal.SIGINT, handler)
     said = capsys.readouterr().err
-    assert said.splitlines()[-1].startswith("vader.py: stopped") and "resume=True" in said.splitlines()[-1]
+    assert said.splitlines()[-1].startswith("vader.py: stopped") and "--resume" in said.splitlines()[-1]
     assert said.count("vader.py: ") == 1 and "Traceback" not in said
     state, lora = state_of(cfg.out)
     assert state["step"] == 1 and same(lora, lora_of(cfg.out))
@@ -1006,29 +1009,29 @@ def test_too_short_a_clip_is_one_line(name, least):
 
 def test_vjepa_context_sees_no_masked_pixel(networks, monkeypatch):
     make_one("vjepa", torch.float64)
-    model, jepa, given = networks[0], vader.borrow("vjepa", "vjepa"), []
+    model, given = networks[0], []
     pixels = torch.randn(2, 8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).double()
     model.predictor.register_forward_pre_hook(lambda module, args: given.append(args[0]))
     generator = torch.Generator().manual_seed(1)
     true = model.encoder(pixels).last_hidden_state
     for blocks, area in ((8, 0.15), (2, 0.7)):
-        context, target = jepa["jepa_masks"](4, 8, 8, blocks, area, generator)
+        context, target = rewards.jepa_masks(4, 8, 8, blocks, area, generator)
         assert sorted(context.tolist() + target.tolist()) == list(range(256)) and len(context) and len(target)
-        jepa["jepa_loss"](model, pixels, true, context, target)
+        rewards.jepa_loss(model, pixels, true, context, target)
         for token in target.tolist():
             t, rest = divmod(token, 64)
             y, x = rest // 8 * 8, rest % 8 * 8
             pixels[:, 2 * t : 2 * t + 2, :, y : y + 8, x : x + 8] += 5
-        jepa["jepa_loss"](model, pixels, true, context, target)
+        rewards.jepa_loss(model, pixels, true, context, target)
         assert torch.equal(given[-1], given[-2])
     # with nothing masked it is the library's encoder
     everything, whole = torch.arange(256), model.encoder(pixels).last_hidden_state
-    jepa["jepa_loss"](model, pixels, whole, everything, everything[:1])
+    rewards.jepa_loss(model, pixels, whole, everything, everything[:1])
     assert torch.allclose(given[-1], whole)
 
 
 def test_jepa_masks_cover_what_they_should():
-    generator, masks_of = torch.Generator().manual_seed(0), vader.borrow("vjepa", "vjepa")["jepa_masks"]
+    generator, masks_of = torch.Generator().manual_seed(0), rewards.jepa_masks
     cover = {}
     for blocks, area in ((8, 0.15), (2, 0.7)):
         masks = [masks_of(2, 16, 16, blocks, area, generator)[1] for _ in range(50)]

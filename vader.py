@@ -14,22 +14,22 @@ graph is cut at frames, latents and steps: peak memory is that of the largest pi
     v               d loss / d frames                   K, T      trained steps, sampling steps
 
 Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. More models,
-and what flags as --clips, --lora, --base_lora or --push_to_hub ask for, is in models/: `borrow` reads it.
+one a file, are in models/. What --clips, --lora, --base_lora or --push_to_hub ask for is in extras/. Both are
+imported where they are used, and can be deleted.
 """
 
 import contextlib
 import difflib
 import functools
 import hashlib
+import importlib
 import inspect
 import io
 import json
 import math
 import os
 import re
-import shlex
 import shutil
-import signal
 import sys
 import time
 import zipfile
@@ -38,29 +38,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-import psutil
-
-SCRIPT = __name__ == "__main__" and "__file__" in globals()  # not imported, nor pasted into a notebook
-
-
-def stop(*_):
-    """On Ctrl-C, at any time: one line. Files are whole at any moment, so there is nothing to tidy up."""
-    launcher = psutil.Process().parent() if "TORCHELASTIC_RUN_ID" in os.environ else None
-    words = launcher.cmdline() if launcher else [sys.executable, *sys.orig_argv[1:]]
-    command = shlex.join(words if "--resume" in words else [*words, "--resume"])
-    more = "" if re.search("--mode[ =](sample|eval)", command) else f"; go on with: {command}"
-    if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"\nvader.py: stopped{more}\n".encode())
-    os._exit(130)
-
-
-if SCRIPT:  # before the imports, which take seconds
-    signal.signal(signal.SIGINT, stop)
-
 import diffusers
 import imageio.v3 as iio
 import numpy as np
 import peft
+import psutil
 import torch
 import torch.distributed as dist
 import transformers
@@ -68,11 +50,12 @@ from filelock import FileLock
 from tqdm import tqdm
 
 import rewards
-from rewards import BadInput, borrow, evenly_spaced, need, reading
+from rewards import BadInput, as_bad_input, evenly_spaced, require
 
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-sys.modules.setdefault("vader", sys.modules[__name__])  # run or pasted, for what models/ imports
+# Run or pasted, this module is called __main__; models/ and extras/ import it as vader.
+sys.modules.setdefault("vader", sys.modules[__name__])
 TOY, PAGE = str(HERE / "tiny" / "rewards"), HERE / "page.html"
 
 
@@ -139,124 +122,23 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = arg("auto", "bf16 if the GPU can, else fp16; CPU fp32")
 
 
-# Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
-RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
-RANGES |= dict(eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
-RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), height=(1, 4096), width=(1, 4096))
-
 # Defaults that models share, see `presets` of their classes: those with published weights, those in tiny/.
 PUBLISHED = dict(steps=200, eval_every=50, lr=2e-4, batch_size=1, grad_accum=4, lora_rank=16)
 TINY = dict(steps=50, eval_every=25, lr=1e-3, batch_size=2, grad_accum=1, lora_rank=8)
 TINY |= dict(num_inference_steps=10, height=64, width=64, rewards=TOY)
 
-# SWAP: your model. Write models/mine.py by imitating models/wan.py, and add its line, "mine.Class": the names
-# for --model, keys of its `presets`, and the pipelines that it loads (`_class_name` of model_index.json).
+# SWAP: your model. Write models/mine.py, imitating models/wan.py, and add "models.mine.Class" with its names
+# for --model (keys of its `presets`) and the pipelines that it loads (`_class_name` in model_index.json).
 FAMILIES = {
     "vader.TextToVideoUNet": ("tiny", "tiny-few", "modelscope", "zeroscope", "TextToVideoSDPipeline"),
-    "animatediff.AnimateDiff": ("animatediff", "AnimateDiffPipeline", "StableDiffusionPipeline"),
-    "anyflow.AnyFlow": ("anyflow", "AnyFlowPipeline"),
-    "cogvideox.CogVideoX": ("cogvideox", "cogvideox-5b", "CogVideoXPipeline"),
-    "ltx.LTX": ("ltx", "LTXPipeline", "LTXImageToVideoPipeline"),
-    "svd.StableVideoDiffusion": ("svd", "tiny-i2v", "StableVideoDiffusionPipeline"),
-    "wan.Wan": ("wan", "tiny-wan", "WanPipeline"),
-    "wan.Wan22": ("wan2.2-5b", "WanPipeline with expand_timesteps"),
+    "models.animatediff.AnimateDiff": ("animatediff", "AnimateDiffPipeline", "StableDiffusionPipeline"),
+    "models.anyflow.AnyFlow": ("anyflow", "AnyFlowPipeline"),
+    "models.cogvideox.CogVideoX": ("cogvideox", "cogvideox-5b", "CogVideoXPipeline"),
+    "models.ltx.LTX": ("ltx", "LTXPipeline", "LTXImageToVideoPipeline"),
+    "models.svd.StableVideoDiffusion": ("svd", "tiny-i2v", "StableVideoDiffusionPipeline"),
+    "models.wan.Wan": ("wan", "tiny-wan", "WanPipeline"),
+    "models.wan.Wan22": ("wan2.2-5b", "WanPipeline with expand_timesteps"),
 }
-
-# What a model_index.json may hold. What else it holds changes what is computed: named after the pipeline.
-PARTS = "_class_name _diffusers_version _name_or_path unet transformer vae scheduler tokenizer text_encoder"
-PARTS += " image_encoder feature_extractor motion_adapter safety_checker requires_safety_checker"
-
-
-def check_fields(cfg: Config):
-    """Raises BadInput for a value that its field does not allow."""
-    for name, hint in get_type_hints(Config).items():
-        value, options = getattr(cfg, name), get_args(hint) or (hint,)
-        if get_origin(hint) is Literal:
-            need(value in options, f"--{name} {value}: give one of {', '.join(options)}")
-            continue
-        need(value != "" or name == "negative_prompt", f"--{name} is empty: give a value, or leave it out")
-        kinds = (*options, int) if float in options else options
-        need(isinstance(value, kinds), f"{name} is {value!r}: give a {options[0].__name__}")
-        if type(value) in (int, float):
-            low, high = RANGES.get(name, (0 if float in options else 1, 1e9))
-            need(low <= value <= high, f"--{name} {value:g}: must be from {low:g} to {high:g}")
-
-
-def read_config(model: str, name: str) -> dict:
-    """A json file of a model that is a folder or a hub id (then it is downloaded). Raises BadInput."""
-    return rewards.read_json(rewards.fetch(model, name, "--model"))
-
-
-@functools.cache
-def find_model(model: str) -> tuple[type, str, dict]:
-    """The class of --model, where it loads from, and its defaults. Raises BadInput."""
-    line_of, name = {name: line for line, names in FAMILIES.items() for name in names}, model
-    pipelines = [name for name in line_of if "Pipeline" in name]
-    if model in pipelines or model not in line_of:
-        near = difflib.get_close_matches(model, line_of.keys() - pipelines, n=1, cutoff=0)[0]
-        need(Path(model).exists() or "/" in model, f"unknown model {model!r}: did you mean {near!r}?")
-        index = read_config(model, "model_index.json")
-        more = [key for key in index.keys() - PARTS.split() if index[key] not in (None, False, [None, None])]
-        name = " with ".join([str(index.get("_class_name")), *sorted(more)])
-        need(name in pipelines, f"{model} is a {name}; there is code for: {', '.join(pipelines)}")
-    module, class_name = line_of[name].split(".")
-    family = TextToVideoUNet if module == "vader" else borrow(module, name)[class_name]
-    preset = family.presets.get(model) or next(iter(family.presets.values())) | {"source": model}
-    return family, preset["source"], preset
-
-
-def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
-    """Check what can be checked before a model loads -> the full config, where it loads from, its class."""
-    check_fields(cfg)
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    need(re.match("(cpu|cuda|mps)(:|$)", device), f"--device {device}: give cpu, cuda, cuda:1 or mps")
-    with reading(f"--device {device}: no usable one here, leave the flag out"):
-        torch.empty(0, device=device)
-    cuda = device.startswith("cuda")
-    auto = "modelscope" if cuda else "tiny-few" if (HERE / "models").is_dir() else "tiny"
-    model = auto if cfg.model == "auto" else cfg.model
-    family, source, preset = find_model(model)
-    cfg = replace(cfg, base_lora=cfg.base_lora or preset.get("base_lora"))
-    half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    name = getattr(reward, "__name__", "custom") if reward else cfg.reward
-    label = re.sub(r"[^\w.]+", "-", f"{cfg.mode}-{name}-{Path(model).name if '/' in model else model}")
-    found = preset | dict(grad_steps=family.grad_steps, checkpointing=device != "cpu")
-    found |= dict(lora_alpha=cfg.lora_rank or preset["lora_rank"], lora_targets="to_q,to_k,to_v,to_out.0")
-    found |= dict(dtype=half if cuda else "fp32", out=f"runs/{label.removeprefix('train-').strip('-')}")
-    found["num_frames"] *= cfg.clips or 1
-    given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto", "none")}
-    family.skeleton(source)  # raises when the checkpoint needs code that the family lacks
-    asked = given.keys() & {"lora", "base_lora", "lora_targets", "quantize", "tracker", "push_to_hub"}
-    if asked:  # what models/ holds the code for, it checks; --lora has its own rank, alpha and targets
-        found |= borrow("flags", f"--{min(asked)}")["check_flags"](cfg, family, source, device, given)
-    found |= given | {"model": model, "device": device, "reward": name}
-    cfg = replace(cfg, **{name: found[name] for name in vars(cfg).keys() & found.keys()})
-
-    family = borrow("clips", "--clips")["chain"](family, cfg) if cfg.clips else family
-    K, T, frames, scored = cfg.backprop_steps, cfg.num_inference_steps, cfg.num_frames, cfg.decode_frames or 1
-    need(K <= T, f"--backprop_steps {K}: there are only {T} denoising steps, use {T} or less")
-    need(scored <= frames, f"--decode_frames {scored}: the video has only {frames} frames")
-    side, group = family.multiple, family.frame_multiple
-    need(cfg.height % side == cfg.width % side == 0, f"--height and --width must be multiples of {side}")
-    need((frames - 1) % group == 0, f"--num_frames {frames}: must be 1 more than a multiple of {group}")
-    need(cfg.eta == 0 or family.stochastic, "--eta adds noise in DDIM; this model has another sampler: eta 0")
-    need(cfg.dtype != "fp16" or cuda, f"--dtype fp16 is for GPUs: on {device}, leave the flag out")
-    unguided = cfg.guidance_scale == 1 or family.images == "must"
-    need(not (unguided and cfg.negative_prompt), "--negative_prompt: there is no guidance by text here")
-    there = [name for name in rewards.REWARDS if Path(cfg.reward_weights or "", name).is_dir()]
-    need(there or not cfg.reward_weights, f"--reward_weights {cfg.reward_weights}: no reward's folder there")
-    with reading(f"{source}: the scheduler's config is damaged"):
-        config = read_config(source, "scheduler/scheduler_config.json")
-        need("_class_name" in config, f"{source}: scheduler_config.json names no scheduler")
-        family(source, device, DTYPES[cfg.dtype]).schedule(cfg)  # raises for a sampler that is no line
-    if reward:
-        with reading("your reward must be a function (frames, prompts)"):
-            inspect.signature(reward).bind("frames", "prompts")
-        return cfg, source, family
-    names = {name for weight, name, _ in rewards.parse(cfg.reward) if weight}
-    need(names, f"--reward {cfg.reward}: all weights are 0, give one another")
-    need("ask" in names or not cfg.vlm, "--vlm is for the reward ask: leave it out")
-    return cfg, source, family
 
 
 # ---- 2. Prompts and randomness -----------------------------------------------------------------------------
@@ -269,22 +151,24 @@ class Prompt(NamedTuple):
 
 # SWAP: your prompts.
 def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
-    """The prompts of a text file, one a line, # lines left out; or of a .jsonl file, see models/images.py.
+    """The prompts of a text file, one a line, # lines left out; or of a .jsonl file, see extras/images.py.
 
     family: of the model, which may want an image with each. Raises BadInput.
     """
-    need(Path(path).is_file(), f"no prompt file {path}: give --prompts a text file, one prompt a line")
+    require(Path(path).is_file(), f"no prompt file {path}: give --prompts a text file, one prompt a line")
     kind, text = Path(path).suffix.lower(), Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    need(kind in ("", ".txt", ".jsonl"), f"{path}: prompts are read from .txt and .jsonl files")
-    need(not {"\0", "\ufffd"} & set(text), f"{path} is not a text file: give one prompt a line, in UTF-8")
+    require(kind in ("", ".txt", ".jsonl"), f"{path}: prompts are read from .txt and .jsonl files")
+    require(not {"\0", "\ufffd"} & set(text), f"{path} is not a text file: give one prompt a line, in UTF-8")
     lines = {n: line for n, line in enumerate(map(str.strip, text.split("\n")), 1) if line and line[0] != "#"}
     prompts = [Prompt(line) for line in lines.values()]
     if kind == ".jsonl":
-        prompts = borrow("images", ".jsonl")["read_rows"](path, lines, family)
-    need(prompts, f"{path} holds no prompts: write one a line")
+        from extras.images import read_rows
+
+        prompts = read_rows(path, lines, family)
+    require(prompts, f"{path} holds no prompts: write one a line")
     images, use = [bool(prompt.image) for prompt in prompts], family.images if family else "no"
     good = all(images) or use == "no" or use == "may" and not any(images)
-    need(good, f"{path}: this model starts from an image: use .jsonl, with one in each line")
+    require(good, f"{path}: this model starts from an image: use .jsonl, with one in each line")
     return prompts
 
 
@@ -296,7 +180,7 @@ def split_prompts(cfg: Config, family: type | None = None) -> tuple[list[Prompt]
     every = min(10, len(prompts))
     held_out = read_prompts(cfg.eval_prompts, family) if cfg.eval_prompts else prompts[every - 1 :: every]
     kept = [prompt for prompt in prompts if prompt not in held_out]
-    need(kept or cfg.eval_prompts, f"{cfg.prompts} has one prompt, held back: add more, or --eval_prompts")
+    require(kept or cfg.eval_prompts, f"{cfg.prompts} has one prompt, held back: add more, or --eval_prompts")
     if len(lines) > len(kept) + (0 if cfg.eval_prompts else len(held_out)):
         left = f"{len(kept)} others are left to train on" if kept else "they train too, no gain is held out"
         print(f"{cfg.prompts}: of {len(lines)} prompts some stand twice, or are held out: {left}")
@@ -353,7 +237,7 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
         c = rescale(torch.ones_like(x), t).mean().item()
         a, b, s, large = scheduler.step(f, t, x, **noisy).prev_sample.flatten().tolist()
         linear = math.isclose(large, 100 * (a if i % 2 else b), rel_tol=1e-5, abs_tol=1e-5)
-        need(linear and (eta or s == 0), "--model: its scheduler clips or draws noise: take another")
+        require(linear and (eta or s == 0), "--model: its scheduler clips or draws noise: take another")
         rows.append((a, b, c, s))
     tables = map(list, zip(*rows, strict=True))
     return Schedule(scheduler.timesteps, *tables, start=float(getattr(scheduler, "init_noise_sigma", 1)))
@@ -396,18 +280,18 @@ class TextToVideoUNet:
         self.fused = ""  # what --base_lora did, for a LoRA's README.md
 
     @classmethod
-    def skeleton(cls, source) -> torch.nn.Module:
+    def build_on_meta(cls, source) -> torch.nn.Module:
         """The denoiser without its weights. Raises BadInput for a checkpoint that there is no code for."""
         config, vae = (read_config(source, f"{name}/config.json") for name in (cls.folder, "vae"))
         for found, kind in ((config, cls.denoiser_class), (vae, cls.vae_class)):
             is_that = found.get("_class_name") == kind.__name__
-            need(is_that, f"{source} has a {found.get('_class_name')}, there is code for {kind.__name__}")
-        with torch.device("meta"), reading(f"{source}: a config.json is damaged"):
+            require(is_that, f"{source} has a {found.get('_class_name')}, there is code for {kind.__name__}")
+        with torch.device("meta"), as_bad_input(f"{source}: a config.json is damaged"):
             made = cls.denoiser_class.from_config(config)
             channels = cls.inputs * (vae.get("latent_channels") or vae["z_dim"])
-            need(made.config.in_channels == channels, f"{source}: no code for other inputs than latents")
+            require(made.config.in_channels == channels, f"{source}: no code for other inputs than latents")
             levels = len(vae.get("block_out_channels", ())) if cls.scale == 8 else 0  # 0: says it otherwise
-            need(levels in (0, 4), f"{source}: no code for a VAE of another scale than {cls.scale}")
+            require(levels in (0, 4), f"{source}: no code for a VAE of another scale than {cls.scale}")
         return made
 
     def schedule(self, cfg: Config) -> Schedule:
@@ -612,166 +496,8 @@ def walk_back(run: Run, batch: Batch, latents, g):
         g = a * g if x.grad is None else a * g + cfg.coupling * x.grad
 
 
-# ---- 6. Files and resume -----------------------------------------------------------------------------------
-def ranks() -> tuple[int, int]:
-    """This process's number, and how many there are, as torchrun tells them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-def write_whole(path: Path, content: str | bytes):
-    """Write a file so that a kill leaves the old one or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(".tmp-vader-" + path.name)
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
-
-
-def save_lora(model, folder: Path, cfg: Config | None = None):
-    """Write the LoRA for PEFT; for stock `load_lora_weights` and ComfyUI where they can; cfg: for headers."""
-    staging, config = folder.with_name(".tmp-vader-lora"), model.denoiser.peft_config["default"]
-    base = Path(model.source).name if Path(model.source).exists() else model.source
-    model.denoiser.get_base_model().register_to_config(_name_or_path=base)
-    config.base_model_name_or_path = base
-    config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
-    write_whole(staging / "README.md", f"---\ntags: [vader]\n---\nA LoRA of VADER on {base}{model.fused}.\n")
-    model.denoiser.save_pretrained(staging, save_embedding_layers=False)
-    if model.lora_pipeline:
-        borrow("lora", "the LoRA's other format")["save_stock"](model, staging, cfg)
-    for file in staging.iterdir():  # whole, and as readable as others: safetensors' own are private
-        write_whole(folder / file.name, file.read_bytes())
-    shutil.rmtree(staging)
-
-
-def to_json(value) -> str:
-    """Json, which has no NaN and no infinity: null."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), ensure_ascii=False)
-
-
-def read_metrics(out: Path) -> list[dict]:
-    """The rows of metrics.jsonl; a last line that a kill cut short is left out. Raises BadInput."""
-    path = out / "metrics.jsonl"
-    with reading(f"{path} is damaged: give another --out"):
-        *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        rows = sorted(map(json.loads, lines), key=lambda row: int(row["step"]))
-        for found in (row["eval"] for row in rows if "reward" in row.get("eval", {})):
-            paired_gain(found["reward"], [0.0] * len(found["prompts"]))  # raises unless a number for each
-        return rows
-
-
-def append_metrics(out: Path, row: dict, track=None):
-    """Add a row to metrics.jsonl, and give it to the function `track`, of --tracker."""
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(to_json(row) + "\n")
-    if track:
-        track(row)
-
-
-def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | None]:
-    """What must stay when a run goes on, and its checkpoint; None before its first one. Raises BadInput."""
-    free = set("out resume steps eval_every tracker push_to_hub device prompts eval_prompts".split())
-    places = {"model", "lora", "base_lora", "reward_weights", "vlm"}  # the same by another path
-    now = {name: value for name, value in vars(cfg).items() if name not in free}
-    used = [(text, image and Path(image).is_file() and Path(image).read_bytes()) for text, image in prompts]
-    now |= {"processes": ranks()[1], "prompts used": hashlib.sha256(repr(used).encode()).hexdigest()}
-
-    out, file = Path(cfg.out), Path(cfg.out) / "checkpoint" / "state.pt"
-    found = {path.name for path in out.glob("[!.]*")}
-    run = cfg.mode == "train" and "config.json" in found
-    updates = max([row["step"] for row in read_metrics(out)], default=0) if run else 0
-    # nothing yet, or a kill during its first update, which at most had its LoRA written
-    if not found or run and updates < 2 and not file.exists() and (cfg.resume or "lora" not in found):
-        return now, None
-    need(run, f"{out} is not empty: give another --out")
-    need(cfg.resume, f"{out} holds a run: add --resume to go on with it, or give another --out")
-    then, anew = rewards.read_json(out / "config.json"), f"go on with --lora {out}/lora and another --out"
-    for name, value in now.items():
-        old = then.get(name)
-        place = name in places and isinstance(old, str) and value
-        same = old == value or place and Path(old).exists() and Path(old).resolve() == Path(value).resolve()
-        said = {"prompts used": "with other prompts", "processes": f"with {old} processes"}.get(name)
-        said = said or (f"without --{name}" if old is None else f"with --{name} {old}")
-        need(same, f"{out} was started {said}: resume it so, or give another --out")
-    with reading(f"{file} is gone or damaged: {anew}"):
-        need(zipfile.ZipFile(file).testzip() is None, f"{file} is damaged: {anew}")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        need(state["step"] <= cfg.steps, f"{out} has {state['step']} updates: give --steps as many, or more")
-        need(updates >= state["step"] >= 1, f"{out} has lost rows of its metrics.jsonl: {anew}")
-        return now, state
-
-
-def save_checkpoint(run: Run, optimizer, scaler, **counts):
-    """Write what `restore_checkpoint` takes back; counts: step, skipped."""
-    lora = {name: p.detach() for name, p in lora_parameters(run.model).items()}
-    state = dict(lora=lora, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-    torch.save(state | counts, file := io.BytesIO())
-    write_whole(Path(run.cfg.out) / "checkpoint" / "state.pt", file.getvalue())
-
-
-def restore_checkpoint(run: Run, optimizer, scaler, state: dict) -> tuple[int, int]:
-    """Load a checkpoint -> updates made, and skipped. Raises BadInput."""
-    with reading(f"{run.cfg.out}/checkpoint/state.pt is damaged: give another --out"):
-        same = state["lora"].keys() == lora_parameters(run.model).keys()
-        same = same and all(w.isfinite().all() for w in state["lora"].values())
-        need(same, f"{run.cfg.out}/checkpoint/state.pt holds no such LoRA, whole: give another --out")
-        run.model.denoiser.load_state_dict(state["lora"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        return int(state["step"]), int(state["skipped"])
-
-
-@contextlib.contextmanager
-def open_run(cfg: Config, prompts: list[Prompt]):
-    """Hold --out for this process alone -> what `find_checkpoint` found. Raises BadInput."""
-    out, found = Path(cfg.out), find_checkpoint(cfg, prompts)
-    with contextlib.ExitStack() as stack:
-        with reading(f"--out {out} is in use by another process, or can't be written: give another"):
-            out.mkdir(parents=True, exist_ok=True)
-            if ranks()[0] == 0:
-                stack.enter_context(FileLock(out / ".lock", timeout=0))
-                write_whole(out / ".tmp-vader-room", bytes(1 << 20))
-                for left in out.glob(".tmp-vader-*"):  # by a kill
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield found
-
-
-def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], reward=None) -> Run:
-    """Load the rewards (not in sample mode), encode the prompts, then load denoiser, LoRA and VAE."""
-    if ranks()[1] > 1 and cfg.mode == "train":
-        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(days=365))
-        if cfg.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the float32 adapters
-    terms, texts = {cfg.reward: (1.0, reward)} if reward else {}, [prompt.text for prompt in prompts]
-    dtype, toy = DTYPES[cfg.dtype], find_model(cfg.model)[2].get("rewards")
-    if cfg.mode != "sample" and not reward:
-        how = ([cfg.reward_weights, toy], texts, cfg.vlm, cfg.quantize)
-        terms = rewards.make_terms(cfg.reward, cfg.device, dtype, *how)
-    model = family(source, cfg.device, dtype)
-    run = Run(cfg, model, model.schedule(cfg), terms, {})
-    # a reward that can't score, or has no gradient, shows on noise, before anything large loads
-    texts, train = texts[: cfg.batch_size], cfg.mode == "train"
-    frames = sum(map(model.frames_in, pick_latent_frames(run, generator_for(0)))) if train else cfg.num_frames
-    noise = torch.rand(len(texts), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
-    rewards.weighted_rewards(terms, noise, texts, cfg.decode_chunk, 1.0 if train else None)
-    need(not train or noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")
-    bring(run, denoiser=False, scoring=False)  # room for the text encoder, maybe the largest part of all
-    with reading(f"{source}: its tokenizer, text encoder and pipeline do not fit together"):
-        run.conds = model.encode([*dict.fromkeys(prompts), Prompt(cfg.negative_prompt)], cfg)
-    model.load()
-    if cfg.base_lora or cfg.quantize != "none":
-        borrow("base", "--base_lora, --quantize")["prepare"](model, cfg)
-    if cfg.lora or cfg.mode == "train":
-        add_lora(model, cfg)
-    if cfg.checkpointing:
-        model.recompute()
-    if toy and terms and not reward:
-        print("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
-    size = sum(p.numel() for p in lora_parameters(model).values()) / 1e6
-    print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {size:.2f} M LoRA weights, {cfg.reward}, {cfg.out}")
-    return run
-
-
-def bring(run: Run, denoiser=False, scoring=False):
+# ---- 6. Training -------------------------------------------------------------------------------------------
+def offload_idle(run: Run, denoiser=False, scoring=False):
     """On the device: the denoiser? what scores (the VAE, the rewards)? All else waits in host memory."""
     parts = [(run.model.denoiser, denoiser), (run.model.vae, scoring), (run.model.image_encoder, scoring)]
     parts += [(net, scoring) for _, reward in run.terms.values() for net in getattr(reward, "networks", ())]
@@ -780,78 +506,16 @@ def bring(run: Run, denoiser=False, scoring=False):
             part.to(run.model.device if wanted else "cpu")
 
 
-# ---- 7. Evaluation and page --------------------------------------------------------------------------------
-def write_video(path: Path, video):
-    """video: (F, 3, H, W) float in [0, 1] -> an mp4 that browsers play, enlarged to at least 256 pixels."""
-    frames = (video.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
-    zoom = max(1, math.ceil(256 / frames.shape[2]))
-    frames = frames.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, frames, plugin="FFMPEG", fps=8, codec="libx264", quality=9, macro_block_size=2)
-
-
-@torch.no_grad()
-def make_videos(run: Run, prompts: list[Prompt], first=0):
-    """A whole video per prompt, (B, F, 3, H, W) float32 in [0, 1]; number `first` + n has noise n."""
-    cfg, model = run.cfg, run.model
-    bring(run, denoiser=True, scoring=not cfg.offload)
-    draws = [generator_for(cfg.seed, "eval", first + n) for n in range(len(prompts))]
-    noise = torch.stack([torch.randn(model.latent_shape(cfg), generator=g) for g in draws]).to(model.device)
-    latents = rollout(run, make_batch(run, prompts, noise, draws[0]))[-1]
-    bring(run, denoiser=not cfg.offload, scoring=True)
-    return model.decode(latents, range(latents.shape[2]))
-
-
-@torch.no_grad()
-def evaluate(run: Run, prompts: list[Prompt], folder: str) -> dict:
-    """A video per prompt into `folder` of --out, all frames scored: {"folder", "prompts", rewards' lists}."""
-    cfg, result = run.cfg, {"folder": folder, "prompts": [prompt.text for prompt in prompts]}
-    for first in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"videos {folder}", leave=False):
-        batch = prompts[first : first + cfg.batch_size]
-        videos, texts = make_videos(run, batch, first), [prompt.text for prompt in batch]
-        found = rewards.weighted_rewards(run.terms, videos, texts, cfg.decode_chunk) if run.terms else {}
-        for name, values in found.items():
-            result.setdefault(name, []).extend(values.tolist())
-        for n, video in enumerate(videos, first):
-            write_video(Path(cfg.out) / folder / f"{n:03d}.mp4", video)
-    return result
-
-
-def paired_gain(base: list[float], tuned: list[float]) -> tuple[float, float]:
-    """Mean of the differences between videos of the same prompt and noise, and its standard error."""
-    gains = np.array(tuned, dtype=float) - np.array(base, dtype=float)  # null, in a file, is NaN
-    error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-    return float(gains.mean()), float(error)
-
-
-def summary(base: list[float], tuned: list[float]) -> str:
-    (gain, error), n, (old, new) = paired_gain(base, tuned), len(base), np.array([base, tuned], float).mean(1)
-    return f"{old:.3f} -> {new:.3f} ({gain:+.3f}, standard error {error:.3f}, {n} videos, paired seeds)"
-
-
-def write_page(cfg: Config, rows: list[dict]):
-    """index.html, which is page.html, and its data: the rows of metrics.jsonl."""
-    data = to_json({"config": vars(cfg), "rows": rows, "toy": "rewards" in find_model(cfg.model)[2]})
-    write_whole(Path(cfg.out) / "data.js", f"window.run = {data};\n")
-    folders = [Path(cfg.out) / row["eval"]["folder"] for row in rows if "eval" in row]
-    lost = [folder.name for folder in folders if not (folder / "000.mp4").exists()]
-    if lost:
-        print(f"the page has no videos of {', '.join(lost)}: they are gone")
-    if PAGE.exists():
-        write_whole(Path(cfg.out) / "index.html", PAGE.read_bytes())
-
-
-# ---- 8. Training -------------------------------------------------------------------------------------------
 def micro_batch(run: Run, prompts: list[Prompt], step: int, number: int, scale=1.0):
     """Rollout, score, walk back: adds to the LoRA's gradients -> the rewards' figures, {name: (B,)}."""
     cfg, model, draw = run.cfg, run.model, generator_for(run.cfg.seed, step, number)
     noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=draw).to(model.device)
     batch = make_batch(run, prompts, noise, draw, pick_latent_frames(run, draw), trained_steps(run), scale)
-    bring(run, denoiser=True, scoring=not cfg.offload)
+    offload_idle(run, denoiser=True, scoring=not cfg.offload)
     latents = rollout(run, batch)
-    bring(run, denoiser=not cfg.offload, scoring=True)
+    offload_idle(run, denoiser=not cfg.offload, scoring=True)
     found, g = score(run, batch, latents[-1])
-    bring(run, denoiser=True, scoring=not cfg.offload)
+    offload_idle(run, denoiser=True, scoring=not cfg.offload)
     walk_back(run, batch, latents, g)
     return found
 
@@ -912,10 +576,14 @@ def train(cfg: Config, reward=None) -> list[dict]:
             dist.barrier()  # all have looked into the output folder
         if rank == 0:
             versions = {part.__name__: part.__version__ for part in (torch, diffusers, peft, transformers)}
-            write_whole(out / "config.json", json.dumps(vars(cfg) | now | {"versions": versions}, indent=1))
+            write_atomic(out / "config.json", json.dumps(vars(cfg) | now | {"versions": versions}, indent=1))
             rows = [to_json(row) + "\n" for row in read_metrics(out) if state and row["step"] <= step]
-            write_whole(out / "metrics.jsonl", "".join(rows))
-            track = None if cfg.tracker == "none" else borrow("tracker", "--tracker")["make_tracker"](cfg)
+            write_atomic(out / "metrics.jsonl", "".join(rows))
+            track = None
+            if cfg.tracker != "none":
+                from extras.tracker import make_tracker
+
+                track = make_tracker(cfg)
             leverage = {i: round(run.schedule.leverage(i), 3) for i in trained_steps(run)}
             print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
         evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
@@ -955,15 +623,357 @@ def train(cfg: Config, reward=None) -> list[dict]:
         if world > 1:
             dist.destroy_process_group()
         if rank == 0 and cfg.push_to_hub:
-            borrow("hub", "--push_to_hub")["push"](cfg, read_metrics(out))
+            from extras.hub import push
+
+            push(cfg, read_metrics(out))
         return read_metrics(out)
 
 
-# ---- 9. Command line ---------------------------------------------------------------------------------------
+# ---- 7. Evaluation and page --------------------------------------------------------------------------------
+def write_video(path: Path, video):
+    """video: (F, 3, H, W) float in [0, 1] -> an mp4 that browsers play, enlarged to at least 256 pixels."""
+    frames = (video.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+    zoom = max(1, math.ceil(256 / frames.shape[2]))
+    frames = frames.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, frames, plugin="FFMPEG", fps=8, codec="libx264", quality=9, macro_block_size=2)
+
+
+@torch.no_grad()
+def make_videos(run: Run, prompts: list[Prompt], first=0):
+    """A whole video per prompt, (B, F, 3, H, W) float32 in [0, 1]; number `first` + n has noise n."""
+    cfg, model = run.cfg, run.model
+    offload_idle(run, denoiser=True, scoring=not cfg.offload)
+    draws = [generator_for(cfg.seed, "eval", first + n) for n in range(len(prompts))]
+    noise = torch.stack([torch.randn(model.latent_shape(cfg), generator=g) for g in draws]).to(model.device)
+    latents = rollout(run, make_batch(run, prompts, noise, draws[0]))[-1]
+    offload_idle(run, denoiser=not cfg.offload, scoring=True)
+    return model.decode(latents, range(latents.shape[2]))
+
+
+@torch.no_grad()
+def evaluate(run: Run, prompts: list[Prompt], folder: str) -> dict:
+    """A video per prompt into `folder` of --out, all frames scored: {"folder", "prompts", rewards' lists}."""
+    cfg, result = run.cfg, {"folder": folder, "prompts": [prompt.text for prompt in prompts]}
+    for first in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"videos {folder}", leave=False):
+        batch = prompts[first : first + cfg.batch_size]
+        videos, texts = make_videos(run, batch, first), [prompt.text for prompt in batch]
+        found = rewards.weighted_rewards(run.terms, videos, texts, cfg.decode_chunk) if run.terms else {}
+        for name, values in found.items():
+            result.setdefault(name, []).extend(values.tolist())
+        for n, video in enumerate(videos, first):
+            write_video(Path(cfg.out) / folder / f"{n:03d}.mp4", video)
+    return result
+
+
+def paired_gain(base: list[float], tuned: list[float]) -> tuple[float, float]:
+    """Mean of the differences between videos of the same prompt and noise, and its standard error."""
+    gains = np.array(tuned, dtype=float) - np.array(base, dtype=float)  # null, in a file, is NaN
+    error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+    return float(gains.mean()), float(error)
+
+
+def summary(base: list[float], tuned: list[float]) -> str:
+    (gain, error), n, (old, new) = paired_gain(base, tuned), len(base), np.array([base, tuned], float).mean(1)
+    return f"{old:.3f} -> {new:.3f} ({gain:+.3f}, standard error {error:.3f}, {n} videos, paired seeds)"
+
+
+def write_page(cfg: Config, rows: list[dict]):
+    """index.html, which is page.html, and its data: the rows of metrics.jsonl."""
+    data = to_json({"config": vars(cfg), "rows": rows, "toy": "rewards" in find_model(cfg.model)[2]})
+    write_atomic(Path(cfg.out) / "data.js", f"window.run = {data};\n")
+    folders = [Path(cfg.out) / row["eval"]["folder"] for row in rows if "eval" in row]
+    lost = [folder.name for folder in folders if not (folder / "000.mp4").exists()]
+    if lost:
+        print(f"the page has no videos of {', '.join(lost)}: they are gone")
+    if PAGE.exists():
+        write_atomic(Path(cfg.out) / "index.html", PAGE.read_bytes())
+
+
+# ---- 8. Files and resume -----------------------------------------------------------------------------------
+def ranks() -> tuple[int, int]:
+    """This process's number, and how many there are, as torchrun tells them."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def write_atomic(path: Path, content: str | bytes):
+    """Write a file so that a kill leaves the old one or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(".tmp-vader-" + path.name)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(temporary, path)
+
+
+def save_lora(model, folder: Path, cfg: Config | None = None):
+    """Write the LoRA for PEFT; for stock `load_lora_weights` and ComfyUI where they can; cfg: for headers."""
+    staging, config = folder.with_name(".tmp-vader-lora"), model.denoiser.peft_config["default"]
+    base = Path(model.source).name if Path(model.source).exists() else model.source
+    model.denoiser.get_base_model().register_to_config(_name_or_path=base)
+    config.base_model_name_or_path = base
+    config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
+    write_atomic(staging / "README.md", f"---\ntags: [vader]\n---\nA LoRA of VADER on {base}{model.fused}.\n")
+    model.denoiser.save_pretrained(staging, save_embedding_layers=False)
+    if model.lora_pipeline:
+        from extras.lora_files import save_stock
+
+        save_stock(model, staging, cfg)
+    for file in staging.iterdir():  # whole, and as readable as others: safetensors' own are private
+        write_atomic(folder / file.name, file.read_bytes())
+    shutil.rmtree(staging)
+
+
+def to_json(value) -> str:
+    """Json, which has no NaN and no infinity: null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), ensure_ascii=False)
+
+
+def read_metrics(out: Path) -> list[dict]:
+    """The rows of metrics.jsonl; a last line that a kill cut short is left out. Raises BadInput."""
+    path = out / "metrics.jsonl"
+    with as_bad_input(f"{path} is damaged: give another --out"):
+        *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+        rows = sorted(map(json.loads, lines), key=lambda row: int(row["step"]))
+        for found in (row["eval"] for row in rows if "reward" in row.get("eval", {})):
+            paired_gain(found["reward"], [0.0] * len(found["prompts"]))  # raises unless a number for each
+        return rows
+
+
+def append_metrics(out: Path, row: dict, track=None):
+    """Add a row to metrics.jsonl, and give it to the function `track`, of --tracker."""
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(to_json(row) + "\n")
+    if track:
+        track(row)
+
+
+def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | None]:
+    """What must stay when a run goes on, and its checkpoint; None before its first one. Raises BadInput."""
+    free = set("out resume steps eval_every tracker push_to_hub device prompts eval_prompts".split())
+    places = {"model", "lora", "base_lora", "reward_weights", "vlm"}  # the same by another path
+    now = {name: value for name, value in vars(cfg).items() if name not in free}
+    used = [(text, image and Path(image).is_file() and Path(image).read_bytes()) for text, image in prompts]
+    now |= {"processes": ranks()[1], "prompts used": hashlib.sha256(repr(used).encode()).hexdigest()}
+
+    out, file = Path(cfg.out), Path(cfg.out) / "checkpoint" / "state.pt"
+    found = {path.name for path in out.glob("[!.]*")}
+    run = cfg.mode == "train" and "config.json" in found
+    updates = max([row["step"] for row in read_metrics(out)], default=0) if run else 0
+    # nothing yet, or a kill during its first update, which at most had its LoRA written
+    if not found or run and updates < 2 and not file.exists() and (cfg.resume or "lora" not in found):
+        return now, None
+    require(run, f"{out} is not empty: give another --out")
+    require(cfg.resume, f"{out} holds a run: add --resume to go on with it, or give another --out")
+    then, anew = rewards.read_json(out / "config.json"), f"go on with --lora {out}/lora and another --out"
+    for name, value in now.items():
+        old = then.get(name)
+        place = name in places and isinstance(old, str) and value
+        same = old == value or place and Path(old).exists() and Path(old).resolve() == Path(value).resolve()
+        said = {"prompts used": "with other prompts", "processes": f"with {old} processes"}.get(name)
+        said = said or (f"without --{name}" if old is None else f"with --{name} {old}")
+        require(same, f"{out} was started {said}: resume it so, or give another --out")
+    with as_bad_input(f"{file} is gone or damaged: {anew}"):
+        require(zipfile.ZipFile(file).testzip() is None, f"{file} is damaged: {anew}")
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        require(
+            state["step"] <= cfg.steps, f"{out} has {state['step']} updates: give --steps as many, or more"
+        )
+        require(updates >= state["step"] >= 1, f"{out} has lost rows of its metrics.jsonl: {anew}")
+        return now, state
+
+
+def save_checkpoint(run: Run, optimizer, scaler, **counts):
+    """Write what `restore_checkpoint` takes back; counts: step, skipped."""
+    lora = {name: p.detach() for name, p in lora_parameters(run.model).items()}
+    state = dict(lora=lora, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+    torch.save(state | counts, file := io.BytesIO())
+    write_atomic(Path(run.cfg.out) / "checkpoint" / "state.pt", file.getvalue())
+
+
+def restore_checkpoint(run: Run, optimizer, scaler, state: dict) -> tuple[int, int]:
+    """Load a checkpoint -> updates made, and skipped. Raises BadInput."""
+    with as_bad_input(f"{run.cfg.out}/checkpoint/state.pt is damaged: give another --out"):
+        same = state["lora"].keys() == lora_parameters(run.model).keys()
+        same = same and all(w.isfinite().all() for w in state["lora"].values())
+        require(same, f"{run.cfg.out}/checkpoint/state.pt holds no such LoRA, whole: give another --out")
+        run.model.denoiser.load_state_dict(state["lora"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        return int(state["step"]), int(state["skipped"])
+
+
+@contextlib.contextmanager
+def open_run(cfg: Config, prompts: list[Prompt]):
+    """Hold --out for this process alone -> what `find_checkpoint` found. Raises BadInput."""
+    out, found = Path(cfg.out), find_checkpoint(cfg, prompts)
+    with contextlib.ExitStack() as stack:
+        with as_bad_input(f"--out {out} is in use by another process, or can't be written: give another"):
+            out.mkdir(parents=True, exist_ok=True)
+            if ranks()[0] == 0:
+                stack.enter_context(FileLock(out / ".lock", timeout=0))
+                write_atomic(out / ".tmp-vader-room", bytes(1 << 20))
+                for left in out.glob(".tmp-vader-*"):  # by a kill
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield found
+
+
+# ---- 9. Checking the settings, loading the run -------------------------------------------------------------
+# Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
+RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
+RANGES |= dict(eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
+RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), height=(1, 4096), width=(1, 4096))
+
+# What a model_index.json may hold. What else it holds changes what is computed: named after the pipeline.
+PARTS = "_class_name _diffusers_version _name_or_path unet transformer vae scheduler tokenizer text_encoder"
+PARTS += " image_encoder feature_extractor motion_adapter safety_checker requires_safety_checker"
+
+
+def check_fields(cfg: Config):
+    """Raises BadInput for a value that its field does not allow."""
+    for name, hint in get_type_hints(Config).items():
+        value, options = getattr(cfg, name), get_args(hint) or (hint,)
+        if get_origin(hint) is Literal:
+            require(value in options, f"--{name} {value}: give one of {', '.join(options)}")
+            continue
+        require(value != "" or name == "negative_prompt", f"--{name} is empty: give a value, or leave it out")
+        kinds = (*options, int) if float in options else options
+        require(isinstance(value, kinds), f"{name} is {value!r}: give a {options[0].__name__}")
+        if type(value) in (int, float):
+            low, high = RANGES.get(name, (0 if float in options else 1, 1e9))
+            require(low <= value <= high, f"--{name} {value:g}: must be from {low:g} to {high:g}")
+
+
+def read_config(model: str, name: str) -> dict:
+    """A json file of a model that is a folder or a hub id (then it is downloaded). Raises BadInput."""
+    return rewards.read_json(rewards.fetch(model, name, "--model"))
+
+
+@functools.cache
+def find_model(model: str) -> tuple[type, str, dict]:
+    """The class of --model, where it loads from, and its defaults. Raises BadInput."""
+    line_of, name = {name: line for line, names in FAMILIES.items() for name in names}, model
+    pipelines = [name for name in line_of if "Pipeline" in name]
+    if model in pipelines or model not in line_of:
+        near = difflib.get_close_matches(model, line_of.keys() - pipelines, n=1, cutoff=0)[0]
+        require(Path(model).exists() or "/" in model, f"unknown model {model!r}: did you mean {near!r}?")
+        index = read_config(model, "model_index.json")
+        more = [key for key in index.keys() - PARTS.split() if index[key] not in (None, False, [None, None])]
+        name = " with ".join([str(index.get("_class_name")), *sorted(more)])
+        require(name in pipelines, f"{model} is a {name}; there is code for: {', '.join(pipelines)}")
+    module, _, class_name = line_of[name].rpartition(".")
+    family = getattr(importlib.import_module(module), class_name)
+    preset = family.presets.get(model) or next(iter(family.presets.values())) | {"source": model}
+    return family, preset["source"], preset
+
+
+def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
+    """Check what can be checked before a model loads -> the full config, where it loads from, its class."""
+    check_fields(cfg)
+    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    require(re.match("(cpu|cuda|mps)(:|$)", device), f"--device {device}: give cpu, cuda, cuda:1 or mps")
+    with as_bad_input(f"--device {device}: no usable one here, leave the flag out"):
+        torch.empty(0, device=device)
+    cuda = device.startswith("cuda")
+    auto = "modelscope" if cuda else "tiny-few" if (HERE / "extras").is_dir() else "tiny"
+    model = auto if cfg.model == "auto" else cfg.model
+    family, source, preset = find_model(model)
+    cfg = replace(cfg, base_lora=cfg.base_lora or preset.get("base_lora"))
+    half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    name = getattr(reward, "__name__", "custom") if reward else cfg.reward
+    label = re.sub(r"[^\w.]+", "-", f"{cfg.mode}-{name}-{Path(model).name if '/' in model else model}")
+    found = preset | dict(grad_steps=family.grad_steps, checkpointing=device != "cpu")
+    found |= dict(lora_alpha=cfg.lora_rank or preset["lora_rank"], lora_targets="to_q,to_k,to_v,to_out.0")
+    found |= dict(dtype=half if cuda else "fp32", out=f"runs/{label.removeprefix('train-').strip('-')}")
+    found["num_frames"] *= cfg.clips or 1
+    given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto", "none")}
+    family.build_on_meta(source)  # raises when the checkpoint needs code that the family lacks
+    asked = given.keys() & {"lora", "base_lora", "lora_targets", "quantize", "tracker", "push_to_hub"}
+    if asked:  # --lora brings its own rank, alpha and targets
+        from extras.checks import check_flags
+
+        found |= check_flags(cfg, family, source, device, given)
+    found |= given | {"model": model, "device": device, "reward": name}
+    cfg = replace(cfg, **{name: found[name] for name in vars(cfg).keys() & found.keys()})
+
+    if cfg.clips:
+        from extras.clips import chain
+
+        family = chain(family, cfg)
+    K, T, frames, scored = cfg.backprop_steps, cfg.num_inference_steps, cfg.num_frames, cfg.decode_frames or 1
+    require(K <= T, f"--backprop_steps {K}: there are only {T} denoising steps, use {T} or less")
+    require(scored <= frames, f"--decode_frames {scored}: the video has only {frames} frames")
+    side, group = family.multiple, family.frame_multiple
+    require(cfg.height % side == cfg.width % side == 0, f"--height and --width must be multiples of {side}")
+    require((frames - 1) % group == 0, f"--num_frames {frames}: must be 1 more than a multiple of {group}")
+    require(
+        cfg.eta == 0 or family.stochastic, "--eta adds noise in DDIM; this model has another sampler: eta 0"
+    )
+    require(cfg.dtype != "fp16" or cuda, f"--dtype fp16 is for GPUs: on {device}, leave the flag out")
+    unguided = cfg.guidance_scale == 1 or family.images == "must"
+    require(not (unguided and cfg.negative_prompt), "--negative_prompt: there is no guidance by text here")
+    there = [name for name in rewards.REWARDS if Path(cfg.reward_weights or "", name).is_dir()]
+    require(
+        there or not cfg.reward_weights, f"--reward_weights {cfg.reward_weights}: no reward's folder there"
+    )
+    with as_bad_input(f"{source}: the scheduler's config is damaged"):
+        config = read_config(source, "scheduler/scheduler_config.json")
+        require("_class_name" in config, f"{source}: scheduler_config.json names no scheduler")
+        family(source, device, DTYPES[cfg.dtype]).schedule(cfg)  # raises for a sampler that is no line
+    if reward:
+        with as_bad_input("your reward must be a function (frames, prompts)"):
+            inspect.signature(reward).bind("frames", "prompts")
+        return cfg, source, family
+    names = {name for weight, name, _ in rewards.parse(cfg.reward) if weight}
+    require(names, f"--reward {cfg.reward}: all weights are 0, give one another")
+    require("ask" in names or not cfg.vlm, "--vlm is for the reward ask: leave it out")
+    return cfg, source, family
+
+
+def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], reward=None) -> Run:
+    """Load the rewards (not in sample mode), encode the prompts, then load denoiser, LoRA and VAE."""
+    if ranks()[1] > 1 and cfg.mode == "train":
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(days=365))
+        if cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the float32 adapters
+    terms, texts = {cfg.reward: (1.0, reward)} if reward else {}, [prompt.text for prompt in prompts]
+    dtype, toy = DTYPES[cfg.dtype], find_model(cfg.model)[2].get("rewards")
+    if cfg.mode != "sample" and not reward:
+        how = ([cfg.reward_weights, toy], texts, cfg.vlm, cfg.quantize)
+        terms = rewards.make_terms(cfg.reward, cfg.device, dtype, *how)
+    model = family(source, cfg.device, dtype)
+    run = Run(cfg, model, model.schedule(cfg), terms, {})
+    # a reward that can't score, or has no gradient, shows on noise, before anything large loads
+    texts, train = texts[: cfg.batch_size], cfg.mode == "train"
+    frames = sum(map(model.frames_in, pick_latent_frames(run, generator_for(0)))) if train else cfg.num_frames
+    noise = torch.rand(len(texts), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
+    rewards.weighted_rewards(terms, noise, texts, cfg.decode_chunk, 1.0 if train else None)
+    require(not train or noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")
+    offload_idle(
+        run, denoiser=False, scoring=False
+    )  # room for the text encoder, maybe the largest part of all
+    with as_bad_input(f"{source}: its tokenizer, text encoder and pipeline do not fit together"):
+        run.conds = model.encode([*dict.fromkeys(prompts), Prompt(cfg.negative_prompt)], cfg)
+    model.load()
+    if cfg.base_lora or cfg.quantize != "none":
+        from extras.base_lora import prepare
+
+        prepare(model, cfg)
+    if cfg.lora or cfg.mode == "train":
+        add_lora(model, cfg)
+    if cfg.checkpointing:
+        model.recompute()
+    if toy and terms and not reward:
+        print("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
+    size = sum(p.numel() for p in lora_parameters(model).values()) / 1e6
+    print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {size:.2f} M LoRA weights, {cfg.reward}, {cfg.out}")
+    return run
+
+
+# ---- 10. Command line --------------------------------------------------------------------------------------
 def parse_args(argv: list[str] | None = None) -> Config:
     """The command line as a Config: a flag per field. Raises BadInput."""
     parser = transformers.HfArgumentParser(Config, prog="vader.py", allow_abbrev=False)
-    parser.error = lambda message: need(False, f"{message}; see --help")
+    parser.error = lambda message: require(False, f"{message}; see --help")
     cfg, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
     if unknown:
         flag, flags = unknown[0].split("=")[0], [f"--{name}" for name in vars(cfg)]
@@ -981,20 +991,27 @@ def main(argv: list[str] | None = None) -> int:
         library.utils.logging.disable_progress_bar()
     try:
         cfg = parse_args(argv)
-        (train if cfg.mode == "train" else borrow("apply", f"--mode {cfg.mode}")["apply_lora"])(cfg)
+        if cfg.mode == "train":
+            train(cfg)
+        else:
+            from extras.evaluate import apply_lora
+
+            apply_lora(cfg)
         return 0
-    except (BadInput, OSError) as error:  # files of a model that are not there, a full disk
+    except (BadInput, OSError, ModuleNotFoundError) as error:  # as of a full disk, of models/ deleted
         print(f"vader.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory, none for a CPU's
         if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
             raise
         problem = "out of memory: --offload, or a smaller --height, --width"
-    except (FloatingPointError, KeyboardInterrupt) as error:  # this where another script has called it
-        problem = str(error) or "train(replace(cfg, resume=True)) goes on"
+    except FloatingPointError as error:
+        problem = str(error)
+    except KeyboardInterrupt:
+        problem = "the same command with --resume goes on"
     print(f"vader.py: stopped: {problem}", file=sys.stderr)
     return 1
 
 
-if SCRIPT:
+if __name__ == "__main__" and "__file__" in globals():  # not where this file is pasted into a notebook
     sys.exit(main())

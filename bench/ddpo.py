@@ -78,8 +78,8 @@ def update(run, prompts: list[vader.Prompt], step: int, optimizer, epochs=2) -> 
     cfg, schedule = run.cfg, run.schedule
     # the last step draws no noise when it ends at the clean video: nothing to choose
     steps = [i for i, s in enumerate(schedule.s) if s > 0]
-    vader.need(steps, "DDPO needs a stochastic sampler: set eta above 0")
-    vader.need(cfg.batch_size > 1, "DDPO compares videos of one prompt: set batch_size to 2 or more")
+    vader.require(steps, "DDPO needs a stochastic sampler: set eta above 0")
+    vader.require(cfg.batch_size > 1, "DDPO compares videos of one prompt: set batch_size to 2 or more")
     chosen = vader.batch_prompts(prompts, dataclasses.replace(cfg, batch_size=cfg.grad_accum), step)
     rounds = [collect(run, prompt, step * cfg.grad_accum + n) for n, prompt in enumerate(chosen)]
     parameters = list(vader.lora_parameters(run.model).values())

@@ -109,7 +109,7 @@ def base_values(judge, held_out: list[vader.Prompt], reward: str) -> list[float]
     """The rewards before any update: a new LoRA changes nothing, so they are the same for all runs."""
     file = RUNS / f"{reward}-{judge.cfg.num_inference_steps}-{judge.cfg.timestep_spacing}.json"
     if not file.exists():
-        vader.write_whole(file, json.dumps(vader.evaluate(judge, held_out, file.stem)["reward"]))
+        vader.write_atomic(file, json.dumps(vader.evaluate(judge, held_out, file.stem)["reward"]))
     return json.loads(file.read_text())
 
 
@@ -148,8 +148,8 @@ def train(name: str, method: Method, reward: str, seed: int, marks=MARKS, second
             rows.append(row | {"mean": float(np.mean(values)), "values": values})
             state = {"lora": {n: p.detach() for n, p in weights.items()}, "optimizer": optimizer.state_dict()}
             torch.save(state, content := io.BytesIO())
-            vader.write_whole(state_file, content.getvalue())
-            vader.write_whole(file, json.dumps(rows))
+            vader.write_atomic(state_file, content.getvalue())
+            vader.write_atomic(file, json.dumps(rows))
             print(f"{name}: {queries} queries, {seconds:.0f} s, {rows[-1]['mean']:.3f}", flush=True)
         if over():
             return rows

@@ -93,7 +93,7 @@ def prompt_sets(videos: int) -> dict[str, list[str]]:
 def train(reward: str, seed: int, name: str, prompts: list[str]) -> Path:
     """Train on these prompts, unless that is done; the LoRA's folder."""
     out, file = RUNS / f"{reward}-{seed}-{name}", RUNS / f"{name}.txt"
-    vader.write_whole(file, "\n".join(prompts))
+    vader.write_atomic(file, "\n".join(prompts))
     settings = COMMON | SETTINGS[reward] | dict(reward=reward, seed=seed, out=str(out))
     rows = vader.read_metrics(out)
     if not rows or rows[-1]["step"] < settings["steps"]:

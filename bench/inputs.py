@@ -23,7 +23,7 @@ from typing import get_args, get_type_hints
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
-import torch  # noqa: E402 (these need the line above, or the one below)
+import torch  # noqa: E402 (these require the line above, or the one below)
 from PIL import Image  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.utils._pytree import tree_flatten  # noqa: E402
@@ -197,7 +197,7 @@ def images(work):
 
 def models(work):
     """Folders of models with one thing damaged, or without weights."""
-    for source in (TINY / "t2v", TINY / "wan", TINY / "i2v", ROOT / "configs" / "cogvideox"):
+    for source in (TINY / "t2v", TINY / "wan", TINY / "i2v", ROOT / "bench" / "configs" / "cogvideox"):
         words = ["--model", work / "model", "--num_frames", {"wan": 5, "cogvideox": 9}.get(source.name, 2)]
         words += ["--prompts", TINY / "images.jsonl"] if source.name == "i2v" else []
         yield from ((what, words, f"{work}/model|--model") for what in harmed(source, work / "model"))

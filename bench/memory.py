@@ -34,8 +34,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import rewards  # noqa: E402 (needs the line above)
 import vader  # noqa: E402
+from extras.base_lora import prepare  # noqa: E402
 
-CONFIGS, TABLE = HERE.parent / "configs", HERE / "memory.csv"
+CONFIGS, TABLE = HERE / "configs", HERE / "memory.csv"
 MODELS = ("modelscope", "zeroscope", "animatediff", "svd", "cogvideox", "cogvideox-5b", "ltx")
 MODELS += ("wan", "anyflow", "wan2.2-5b")
 # Half-precision peaks that NVIDIA publishes, 1e12 operations a second, dense, sums in float32.
@@ -60,7 +61,7 @@ def resolve(cfg: vader.Config) -> tuple[vader.Config, str, type, list[vader.Prom
 
 
 def make_terms(cfg: vader.Config, device) -> dict:
-    """The rewards, from configs/rewards where it has them."""
+    """The rewards, from bench/configs/rewards where it has them."""
     folders = [cfg.reward_weights, str(CONFIGS / "rewards")]
     return rewards.make_terms(
         cfg.reward, device, vader.DTYPES[cfg.dtype], folders, vlm=cfg.vlm, quantize=cfg.quantize
@@ -106,7 +107,7 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
         phase("encoding prompts", *networks)
         model.load()
         if cfg.quantize != "none" or cfg.base_lora:
-            vader.borrow("base", "--quantize")["prepare"](model, cfg)
+            prepare(model, cfg)
         vader.add_lora(model, cfg)
         model.recompute()
         optimizer = vader.make_optimizer(run)
@@ -244,8 +245,8 @@ def main(argv=None) -> int:
         library.utils.logging.set_verbosity_error()
     operations = {}
     try:
-        vader.need(args.vram > 0, "--vram: give the gigabytes that there are")
-        vader.need(torch.cuda.is_available() or not args.measure, "--measure needs a CUDA GPU")
+        vader.require(args.vram > 0, "--vram: give the gigabytes that there are")
+        vader.require(torch.cuda.is_available() or not args.measure, "--measure needs a CUDA GPU")
         if args.measure:
             cap()
         if not flags and args.vram == math.inf:

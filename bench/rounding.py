@@ -17,13 +17,14 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import vader  # noqa: E402 (needs the line above)
+from extras.base_lora import quantize  # noqa: E402
 
 
 def wan(seed: int, size=(3, 12, 20)) -> tuple[float, float]:
     """Mean difference of frames in [0, 1], and the cosine of the gradients of one random sum of them."""
     torch.manual_seed(seed)
     family, _, _ = vader.find_model("wan")
-    config, frames, slopes = family.vae_class.load_config(HERE.parent / "configs" / "wan" / "vae"), [], []
+    config, frames, slopes = family.vae_class.load_config(HERE / "configs" / "wan" / "vae"), [], []
     weights = family.vae_class.from_config(config).state_dict()
     latents = torch.randn(1, config["z_dim"], *size)
     for dtype in (torch.float32, torch.bfloat16):
@@ -78,14 +79,14 @@ def int8_block(seed: int) -> list[tuple[float, float]]:
     """Relative difference and cosine of a Wan block's output, and of its gradient at its input."""
     torch.manual_seed(seed)
     family, _, _ = vader.find_model("wan")
-    config = family.denoiser_class.load_config(HERE.parent / "configs" / "wan" / "transformer")
+    config = family.denoiser_class.load_config(HERE / "configs" / "wan" / "transformer")
     network = family.denoiser_class.from_config(config | {"num_layers": 1}).to(torch.bfloat16)
     latents, outputs, slopes = torch.randn(1, config["in_channels"], 3, 12, 20).bfloat16(), [], []
     given = torch.tensor([500]), torch.randn(1, 32, config["text_dim"]).bfloat16()
     direction = torch.randn(latents.shape)
     for kind in ("none", "int8"):
         if kind == "int8":
-            vader.borrow("base", "--quantize")["quantize"](network, kind, torch.bfloat16)
+            quantize(network, kind, torch.bfloat16)
         x = latents.clone().requires_grad_()
         outputs.append([network(x, *given, return_dict=False)[0]])
         slopes.append(torch.autograd.grad((outputs[-1][0] * direction).sum(), x))

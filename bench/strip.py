@@ -10,9 +10,7 @@ import imageio.v3 as iio
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import vader  # noqa: E402 (needs the line above)
-
-strip = vader.borrow("hub", "a strip")["strip"]
+from extras.hub import strip  # noqa: E402 (needs the line above)
 
 if __name__ == "__main__":
     iio.imwrite(sys.argv[2], strip(Path(sys.argv[1])))

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
 import sys
 from pathlib import Path
 
@@ -206,9 +205,8 @@ def test_plan_takes_a_reward_and_a_model_that_were_just_added(checkpoints, monke
         reward.frames, reward.networks = 8, [network]
         return reward
 
-    shutil.copytree(vader.HERE / "models", tmp_path / "models")
-    (tmp_path / "models" / "mine.py").write_text(MINE.replace("SOURCE", repr(str(checkpoints("wan")))))
-    monkeypatch.setattr(rewards, "HERE", tmp_path)
+    (tmp_path / "mine.py").write_text(MINE.replace("SOURCE", repr(str(checkpoints("wan")))))
+    monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(vader.FAMILIES, "mine.Mine", ("mine",))
     monkeypatch.setitem(rewards.REWARDS, "mine", make_mine)
     own, plain = (memory.predict(Config(model="mine", reward=name)) for name in ("mine", "colorful"))

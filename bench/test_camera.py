@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from camera import MOVES, optimise_path, photo, texture, view, with_object
 
 import rewards
+from rewards import camera_rates
 
-camera_rates = rewards.borrow("camera", "camera")["camera_rates"]
 PICTURES = {"cat": photo("cat"), "texture": texture(0), "another": texture(1)}
 
 

@@ -16,7 +16,6 @@ import types
 from dataclasses import replace
 from pathlib import Path
 
-import images
 import numpy as np
 import psutil
 import pytest
@@ -27,6 +26,7 @@ from PIL import Image
 import rewards
 import vader
 from conftest import PROMPTS, batch, command, load
+from extras import images
 from vader import HERE, TOY, BadInput, Config, Prompt
 
 
@@ -171,14 +171,14 @@ def test_a_folder_is_one_runs_and_what_a_kill_left_goes(copied):
 
 def test_a_disk_that_is_full_is_one_line(settings, monkeypatch, capsys):
     """Mocked: while a run writes, as before one loads."""
-    whole, full = vader.write_whole, []
+    whole, full = vader.write_atomic, []
 
     def write(path, content):
         if path.name in full:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         whole(path, content)
 
-    monkeypatch.setattr(vader, "write_whole", write)
+    monkeypatch.setattr(vader, "write_atomic", write)
     for name in (".tmp-vader-room", "state.pt"):
         full[:] = [name]
         assert vader.main(command(replace(settings, steps=1, eval_videos=0, resume=True))) == 2

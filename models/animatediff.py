@@ -23,9 +23,9 @@ class AnimateDiff(TextToVideoUNet):
         return read_config(source, "unet/config.json")["_class_name"] == "UNetMotionModel"
 
     @classmethod
-    def skeleton(cls, source):
+    def build_on_meta(cls, source):
         if cls.in_one(source):
-            return super().skeleton(source)
+            return super().build_on_meta(source)
         with torch.device("meta"):
             unet = diffusers.UNet2DConditionModel.from_config(read_config(source, "unet/config.json"))
             adapter = diffusers.MotionAdapter.from_config(read_config(cls.motion, "config.json"))

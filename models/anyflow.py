@@ -3,13 +3,12 @@
 import diffusers
 import torch
 
-from vader import find_model, tabulate
-
-Wan, _, wan = find_model("wan")
+from models.wan import Wan
+from vader import tabulate
 
 
 class AnyFlow(Wan):
-    anyflow = wan | dict(source="nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", num_inference_steps=4)
+    anyflow = Wan.wan | dict(source="nvidia/AnyFlow-Wan2.1-T2V-1.3B-Diffusers", num_inference_steps=4)
     presets = {"anyflow": anyflow | dict(guidance_scale=1.0)}
 
     text_pipeline = lora_pipeline = diffusers.AnyFlowPipeline

@@ -8,7 +8,7 @@ from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid
 from torch.utils.checkpoint import checkpoint
 
-from rewards import need
+from rewards import require
 from vader import PUBLISHED, TextToVideoUNet, read_config, straight_through_clamp, tabulate
 
 
@@ -28,10 +28,10 @@ class CogVideoX(TextToVideoUNet):
     stochastic = False
 
     @classmethod
-    def skeleton(cls, source):
+    def build_on_meta(cls, source):
         newer = read_config(source, "transformer/config.json").get("patch_size_t")
-        need(not newer, f"{source} is a CogVideoX 1.5, for which there is no code: take CogVideoX-5b")
-        return super().skeleton(source)
+        require(not newer, f"{source} is a CogVideoX 1.5, for which there is no code: take CogVideoX-5b")
+        return super().build_on_meta(source)
 
     def schedule(self, cfg):
         config = read_config(self.source, "scheduler/scheduler_config.json")

@@ -5,21 +5,12 @@ import math
 import diffusers
 import torch
 
-from rewards import need
-from vader import (
-    PUBLISHED,
-    TextToVideoUNet,
-    borrow,
-    generator_for,
-    read_config,
-    straight_through_clamp,
-    tabulate,
-)
-
-pictures = borrow("images", "image to video")
+from extras.images import FromImage
+from rewards import require
+from vader import PUBLISHED, TextToVideoUNet, generator_for, read_config, straight_through_clamp, tabulate
 
 
-class LTX(pictures["FromImage"], TextToVideoUNet):
+class LTX(FromImage, TextToVideoUNet):
     ltx = dict(source="Lightricks/LTX-Video", num_frames=49, height=512, width=704)
     ltx |= PUBLISHED | dict(num_inference_steps=30, guidance_scale=3.0, lr=1e-4)
     presets = {"ltx": ltx}
@@ -40,7 +31,7 @@ class LTX(pictures["FromImage"], TextToVideoUNet):
 
     def schedule(self, cfg):
         """Euler steps of rectified flow; the more tokens, the more noise."""
-        need(cfg.num_inference_steps > 1, "--num_inference_steps must be 2 or more for this model")
+        require(cfg.num_inference_steps > 1, "--num_inference_steps must be 2 or more for this model")
         config = read_config(self.source, "scheduler/scheduler_config.json")
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)
         known = scheduler.config

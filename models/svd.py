@@ -3,20 +3,18 @@
 import diffusers
 import torch
 
+from extras.images import open_image, to_tensor
 from vader import (
     HERE,
     PUBLISHED,
     TINY,
     Prompt,
     TextToVideoUNet,
-    borrow,
     generator_for,
     read_config,
     straight_through_clamp,
     tabulate,
 )
-
-pictures = borrow("images", "image to video")
 
 
 class StableVideoDiffusion(TextToVideoUNet):
@@ -49,7 +47,7 @@ class StableVideoDiffusion(TextToVideoUNet):
         parts = ("image_encoder", "feature_extractor", "vae")
         self.pipe = self.stock(diffusers.StableVideoDiffusionPipeline, *parts)
         self.vae, self.image_encoder = self.pipe.vae, self.pipe.image_encoder
-        starts, open_image = [prompt for prompt in prompts if prompt.image], pictures["open_image"]
+        starts = [prompt for prompt in prompts if prompt.image]
         conds = {prompt: self.start(open_image(prompt.image), cfg) for prompt in starts}
         if not cfg.clips:  # no more pictures will come
             self.pipe = self.image_encoder = None
@@ -61,7 +59,7 @@ class StableVideoDiffusion(TextToVideoUNet):
     def start(self, picture, cfg):
         """What `denoise` is told of the picture that a video starts from, without batch dimension."""
         noise = torch.randn(1, 3, cfg.height, cfg.width, generator=generator_for("image noise"))
-        pixels = pictures["to_tensor"](picture, cfg.height, cfg.width)[None] * 2 - 1
+        pixels = to_tensor(picture, cfg.height, cfg.width)[None] * 2 - 1
         pixels = (pixels + self.time_ids[2] * noise).to(self.device)
         half = self.dtype == torch.float16  # in which this encoder overflows on some images
         vae = self.vae.to(dtype=torch.float32) if half else self.vae

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from images import read_image
 from peft import PeftModel
 from PIL import Image
 
@@ -31,6 +30,7 @@ from conftest import (
     python,
     small_text_encoder,
 )
+from extras.images import read_image
 from vader import HERE, BadInput, Config, Prompt
 
 IMAGES = str(HERE / "tiny" / "images.jsonl")

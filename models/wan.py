@@ -7,17 +7,9 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch.utils.checkpoint import checkpoint
 
-from rewards import need
-from vader import (
-    HERE,
-    PUBLISHED,
-    TINY,
-    TextToVideoUNet,
-    borrow,
-    read_config,
-    straight_through_clamp,
-    tabulate,
-)
+from extras.images import FromImage
+from rewards import require
+from vader import HERE, PUBLISHED, TINY, TextToVideoUNet, read_config, straight_through_clamp, tabulate
 
 
 class Wan(TextToVideoUNet):
@@ -53,15 +45,15 @@ class Wan(TextToVideoUNet):
         """How much more of the steps lies where there is much noise, by the scheduler's config."""
         config = read_config(self.source, "scheduler/scheduler_config.json")
         shift = config.get("flow_shift") or config.get("shift", 1.0)
-        need(0 < shift < 100, f"{self.source}: the scheduler's shift must be above 0, not {shift}")
+        require(0 < shift < 100, f"{self.source}: the scheduler's shift must be above 0, not {shift}")
         return shift
 
     @classmethod
-    def skeleton(cls, source):
+    def build_on_meta(cls, source):
         vae = read_config(source, "vae/config.json")
         same = vae.get("scale_factor_spatial", 8) == cls.scale
-        need(same, f"{source}: no code for a VAE of another scale than {cls.scale}")
-        return super().skeleton(source)
+        require(same, f"{source}: no code for a VAE of another scale than {cls.scale}")
+        return super().build_on_meta(source)
 
     def encode_text(self, pipe, text):
         how = dict(do_classifier_free_guidance=False, max_sequence_length=self.max_tokens, device=self.device)
@@ -94,7 +86,7 @@ class Wan(TextToVideoUNet):
         return straight_through_clamp(torch.cat(parts, dim=2).transpose(1, 2).float() / 2 + 0.5)
 
 
-class Wan22(borrow("images", "image to video")["FromImage"], Wan):
+class Wan22(FromImage, Wan):
     """Wan 2.2 TI2V 5B: a VAE of 16 x 16 pixels, and a time for each token: the first may be an image's."""
 
     wan22 = Wan.wan | dict(source="Wan-AI/Wan2.2-TI2V-5B-Diffusers", num_frames=33, height=480, width=832)

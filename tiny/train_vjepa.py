@@ -10,8 +10,7 @@ from training import fit
 from transformers import VJEPA2Config, VJEPA2Model
 from world import FRAMES, SEEN, SIZE, draw, pick
 
-import vader
-from rewards import IMAGENET_MEAN, IMAGENET_STD, preprocess
+from rewards import IMAGENET_MEAN, IMAGENET_STD, jepa_loss, jepa_masks, preprocess
 
 
 def train_vjepa(out: Path, updates: int, clips: int, seed: int):
@@ -42,7 +41,7 @@ def train_vjepa(out: Path, updates: int, clips: int, seed: int):
     model = VJEPA2Model(config)
     if folder.exists():  # a second leg
         model = VJEPA2Model.from_pretrained(folder, dtype=torch.float32)
-    teacher, jepa = copy.deepcopy(model).requires_grad_(False), vader.borrow("vjepa", "vjepa")
+    teacher = copy.deepcopy(model).requires_grad_(False)
 
     def loss_of(update):
         keep = 0.99 + 0.0099 * update / updates
@@ -57,10 +56,10 @@ def train_vjepa(out: Path, updates: int, clips: int, seed: int):
         pixels = preprocess(clips.flip(sides), SIZE * 256 // 224, IMAGENET_MEAN, IMAGENET_STD, **crop)
         pixels = pixels.view_as(clips)
         blocks, area = [(8, 0.15), (2, 0.7)][update % 2]
-        masks = jepa["jepa_masks"](FRAMES // 2, SIZE // 8, SIZE // 8, blocks, area, generator)
+        masks = jepa_masks(FRAMES // 2, SIZE // 8, SIZE // 8, blocks, area, generator)
         with torch.no_grad():
             true = teacher.encoder(pixels).last_hidden_state
-        loss, spread = jepa["jepa_loss"](model, pixels, true, *masks).mean(), true.std((0, 1)).mean()
+        loss, spread = jepa_loss(model, pixels, true, *masks).mean(), true.std((0, 1)).mean()
         return loss, {"loss": loss, "spread": spread}
 
     fit(model.parameters(), updates, 1e-3, "vjepa", loss_of)

@@ -19,11 +19,13 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_models import our_frames, stock_frames, stock_pipeline
 
 import vader
 from conftest import batch, command, load, python
-from vader import BadInput, borrow
+from extras.hub import write_repository
+from extras.lora_files import comfy_state
+from models.test_models import our_frames, stock_frames, stock_pipeline
+from vader import BadInput
 
 # Linear layers by their names in the original checkpoints, which ComfyUI's LoRA loader takes after
 # "diffusion_model.": model_lora_keys_unet in comfy/lora.py; model.py in comfy/ldm/wan, comfy/ldm/lightricks.
@@ -79,7 +81,7 @@ def test_every_linear_layer_has_its_name_in_comfyui(kind):
     linear = [name for name, part in network.named_modules() if isinstance(part, torch.nn.Linear)]
     network = peft.get_peft_model(network, peft.LoraConfig(target_modules=linear))
     model = types.SimpleNamespace(denoiser=network, comfy_names=vader.find_model(kind)[0].comfy_names)
-    state = borrow("lora", "")["comfy_state"](model)
+    state = comfy_state(model)
     ends = (".lora_A.weight", ".lora_B.weight")
     assert {*state} == {f"diffusion_model.{name}{end}" for name in NAMES[kind] for end in ends}
     assert len(linear) == len(NAMES[kind])
@@ -161,7 +163,7 @@ def test_a_lora_s_files_are_the_same_from_another_process(settings, checkpoints,
     script = "import sys, vader\nfrom pathlib import Path\nfrom conftest import load\n"
     script += "run = load(vader.parse_args(sys.argv[2:]))\n"
     script += "vader.save_lora(run.model, Path(sys.argv[1]), run.cfg)"
-    python("-c", script, str(tmp_path / "again"), *command(cfg), PYTHONHASHSEED="1", PYTHONPATH="models")
+    python("-c", script, str(tmp_path / "again"), *command(cfg), PYTHONHASHSEED="1")
     for file in (tmp_path / "lora").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
 
@@ -180,7 +182,7 @@ def hub(monkeypatch):
         }
         hub.pushed.append((repo_id, files))
 
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "a token")
+    monkeypatch.setattr("extras.hub.get_token", lambda: "a token")
     monkeypatch.setattr(HfApi, "whoami", lambda self: {"name": "me"})
     monkeypatch.setattr(HfApi, "create_repo", lambda self, **how: hub.created.append(how))
     monkeypatch.setattr(HfApi, "upload_folder", upload)
@@ -218,7 +220,7 @@ def test_a_run_is_pushed_once_with_a_card(hub, settings, checkpoints, tmp_path, 
     assert not any(word in text for text in texts for word in (str(tmp_path), cfg.model, cfg.prompts))
     # of a model on the hub, and where videos are gone
     shutil.rmtree(Path(cfg.out) / "samples" / "step_000000")
-    borrow("hub", "")["write_repository"](replace(vader.resolve(cfg)[0], model="wan"), rows)
+    write_repository(replace(vader.resolve(cfg)[0], model="wan"), rows)
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.base_model == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" and "--model wan " in card.text
     assert "strip.png" not in card.text and not (folder / "videos").exists() and "->" in card.text
@@ -271,5 +273,5 @@ def test_what_can_not_be_pushed_is_one_line_before_a_model_loads(hub, settings, 
     for error in (HTTPError("401"), OSError("offline"), ValueError("a bad\ntoken")):
         monkeypatch.setattr(HfApi, "whoami", Mock(side_effect=error))
         refused("not logged in.*hf auth login")
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    monkeypatch.setattr("extras.hub.get_token", lambda: None)
     refused("not logged in to the hub: run `hf auth login`")

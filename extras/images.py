@@ -8,13 +8,13 @@ import torch
 from PIL import Image, ImageOps
 
 import rewards
-from rewards import need, reading
+from rewards import as_bad_input, require
 from vader import Prompt
 
 
 def open_image(path: str) -> Image.Image:
     """A picture file, upright, as RGB of 8 bits; what is transparent shows white. Raises BadInput."""
-    with reading(f"can't read the image {path}"):
+    with as_bad_input(f"can't read the image {path}"):
         picture = ImageOps.exif_transpose(Image.open(path))
         if picture.mode[0] in "IF":  # of 16 bits, or of floats: from 0 to 1, else to the largest
             values = np.nan_to_num(np.asarray(picture, dtype=np.float32))
@@ -78,13 +78,13 @@ def read_rows(path: str, lines: dict[int, str], family) -> list[Prompt]:
     prompts = []
     for number, line in lines.items():
         wanted = f'{path}, line {number}: write {{"prompt": "...", "image": "file.png"}}'
-        with reading(wanted):
+        with as_bad_input(wanted):
             row = json.loads(line)
             text, image = row.pop("prompt", "").strip(), row.pop("image", None) or None
-            need(not row and (text.encode() or image) and isinstance(image, str | None), wanted)
+            require(not row and (text.encode() or image) and isinstance(image, str | None), wanted)
         if image:
             image = str(Path(path).parent / image)
-            need(Path(image).is_file(), f"{path}, line {number}: can't read the image {image}: no file")
+            require(Path(image).is_file(), f"{path}, line {number}: can't read the image {image}: no file")
             if family and family.images != "no":
                 open_image(image)
         prompts.append(Prompt(text, image))

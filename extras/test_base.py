@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import vader
 from conftest import PROMPTS, load
-from vader import BadInput, borrow
+from extras.base_lora import quantize
+from vader import BadInput
 
 TARGETS = {"small": "to_q,to_v,conv1", "wan": "to_q,to_v,net.0.proj", "animatediff": "to_q,to_v,proj_in"}
 
@@ -209,7 +210,7 @@ def test_int8_is_near_the_whole_base_and_smaller(settings, tmp_path):
     assert torch.cosine_similarity(g, h, dim=0) > 0.98
     layer = next(part for name, part in small.model.denoiser.named_modules() if name.endswith("to_q"))
     assert layer.base_layer.weight.qdata.dtype == torch.int8
-    vader.bring(small)  # to host memory and back
+    vader.offload_idle(small)  # to host memory and back
     vader.train(replace(cfg, quantize="int8", offload=True))
 
 
@@ -252,7 +253,7 @@ def test_nf4_replaces_every_linear_layer_by_the_library_s(settings, monkeypatch)
     monkeypatch.setitem(sys.modules, "bitsandbytes", made)
     run = load(replace(settings, mode="sample"), randomise=False)
     before = {name: w.clone() for name, w in run.model.denoiser.state_dict().items()}
-    borrow("base", "--quantize")["quantize"](run.model.denoiser, "nf4", torch.float32)
+    quantize(run.model.denoiser, "nf4", torch.float32)
     kinds = {type(part) for part in run.model.denoiser.modules() if isinstance(part, torch.nn.Linear)}
     assert kinds == {Linear4bit}
     assert all(torch.equal(w, before[name]) for name, w in run.model.denoiser.state_dict().items())

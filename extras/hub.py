@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from rewards import BadInput, need, reading
+from rewards import BadInput, as_bad_input, require
 from vader import Config, evenly_spaced, find_model, read_config, read_metrics, summary
 
 CARD = """\
@@ -32,12 +32,12 @@ PRIVATE = "model prompts eval_prompts lora base_lora out resume reward_weights v
 def check_hub(cfg):
     """Raises BadInput unless cfg.push_to_hub is a repository's name, and the hub knows who asks."""
     repo, wanted = cfg.push_to_hub, f"--push_to_hub {cfg.push_to_hub}: give owner/name, of a repository"
-    need(cfg.mode == "train", "--push_to_hub is for a run that trains: give it there, with --resume")
-    with reading(wanted):
+    require(cfg.mode == "train", "--push_to_hub is for a run that trains: give it there, with --resume")
+    with as_bad_input(wanted):
         validate_repo_id(repo)
-    need("/" in repo, wanted)
+    require("/" in repo, wanted)
     login = "you are not logged in to the hub: run `hf auth login`"
-    need(get_token(), f"--push_to_hub {repo}: {login}")
+    require(get_token(), f"--push_to_hub {repo}: {login}")
     ask(repo, f"{login}, or see to the network", HfApi().whoami)
 
 

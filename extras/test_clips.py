@@ -11,7 +11,6 @@ import imageio.v3 as iio
 import pytest
 import torch
 from PIL import Image
-from test_models import IMAGES, stock_frames, stock_pipeline, whole_video
 
 import vader
 from conftest import (
@@ -24,6 +23,7 @@ from conftest import (
     load,
     plain_video,
 )
+from models.test_models import IMAGES, stock_frames, stock_pipeline, whole_video
 from vader import HERE, Config
 
 sys.path.insert(0, str(HERE / "bench"))

@@ -9,32 +9,38 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 
-from rewards import need, read_json, reading
+from rewards import as_bad_input, read_json, require
 
 
-def read_lora(folder: str, flag: str, skeleton) -> tuple[peft.LoraConfig, dict]:
+def read_lora(folder: str, flag: str, denoiser) -> tuple[peft.LoraConfig, dict]:
     """A LoRA as PEFT saves it: its config and matrices. flag: which asks for it, named in what is raised.
 
-    skeleton: the denoiser without weights, for which all matrices must be there, finite. Raises BadInput.
+    denoiser: the denoiser without weights, for which all matrices must be there, finite. Raises BadInput.
     """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         there = (Path(folder) / name).is_file()
-        need(there, f"{flag} {folder}: there is no {name}: give a run's lora folder")
+        require(there, f"{flag} {folder}: there is no {name}: give a run's lora folder")
     says = read_json(Path(folder) / "adapter_config.json")
     kind, alpha, rank = (says.get(key) for key in ("peft_type", "lora_alpha", "r"))
-    need(kind == "LORA", f"{flag} {folder}: its adapter_config.json is that of a {kind}, not of a LORA")
+    require(kind == "LORA", f"{flag} {folder}: its adapter_config.json is that of a {kind}, not of a LORA")
     good = type(alpha) in (int, float) and 0 < alpha <= 1e6
-    need(good, f"{flag} {folder}: lora_alpha of its adapter_config.json is {alpha!r}: give one from 0 to 1e6")
-    need(type(says.get("target_modules")) is list, f"{flag} {folder}: target_modules must be a list of names")
+    require(
+        good, f"{flag} {folder}: lora_alpha of its adapter_config.json is {alpha!r}: give one from 0 to 1e6"
+    )
+    require(
+        type(says.get("target_modules")) is list, f"{flag} {folder}: target_modules must be a list of names"
+    )
     good = type(rank) is int and 0 < rank <= 1024
-    need(good, f"{flag} {folder}: r of its adapter_config.json is {rank!r}: give one from 1 to 1024")
+    require(good, f"{flag} {folder}: r of its adapter_config.json is {rank!r}: give one from 1 to 1024")
     kinds = ("modules_to_save", "bias", "use_dora")
     odd = [name for name in kinds if says.get(name) not in (None, False, "none")]
-    need(not odd, f"{flag} {folder}: there is no code for {min(odd, default='')} of its adapter_config.json")
-    with reading(f"{flag} {folder} is damaged, or made for another model"), warnings.catch_warnings():
+    require(
+        not odd, f"{flag} {folder}: there is no code for {min(odd, default='')} of its adapter_config.json"
+    )
+    with as_bad_input(f"{flag} {folder} is damaged, or made for another model"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of what does not fit: that is an error here
         config = replace(peft.PeftConfig.from_pretrained(folder), base_model_name_or_path=None)
-        fits = peft.get_peft_model_state_dict(peft.get_peft_model(skeleton, config))
+        fits = peft.get_peft_model_state_dict(peft.get_peft_model(denoiser, config))
         state = load_file(Path(folder) / "adapter_model.safetensors")
     check_matrices(f"{flag} {folder}", state, fits)
     return config, state
@@ -45,27 +51,27 @@ def check_matrices(said: str, state: dict, fits: dict):
     good = {k for k, w in state.items() if k in fits and w.shape == fits[k].shape and w.is_floating_point()}
     good = {k for k in good if state[k].isfinite().all()}
     other = (fits.keys() | state.keys()) - good
-    need(not other, f"{said} was made for another model, or is damaged: {min(other, default='')}")
+    require(not other, f"{said} was made for another model, or is damaged: {min(other, default='')}")
 
 
-def check_lora(folder: str, skeleton, given: dict) -> dict:
+def check_lora(folder: str, denoiser, given: dict) -> dict:
     """The rank, alpha and targets of --lora, as settings; the user's, given, must not say otherwise."""
-    config, _ = read_lora(folder, "--lora", skeleton)
+    config, _ = read_lora(folder, "--lora", denoiser)
     targets = ",".join(sorted(config.target_modules))
     has = dict(lora_rank=config.r, lora_alpha=config.lora_alpha, lora_targets=targets)
     for name in has.keys() & given.keys():
         same = {*str(given[name]).replace(" ", "").split(",")} == {*str(has[name]).split(",")}
-        need(same, f"--{name} {given[name]}: the LoRA in --lora has {has[name]}, leave the flag out")
+        require(same, f"--{name} {given[name]}: the LoRA in --lora has {has[name]}, leave the flag out")
     return has
 
 
-def check_targets(targets: str, skeleton):
+def check_targets(targets: str, denoiser):
     """Raises BadInput unless each of the targets, "to_q,to_v", is the end of names of linear layers alone."""
-    layers = {f".{name}": isinstance(part, torch.nn.Linear) for name, part in skeleton.named_modules()}
+    layers = {f".{name}": isinstance(part, torch.nn.Linear) for name, part in denoiser.named_modules()}
     for target in targets.split(","):
         linear = [found for name, found in layers.items() if name.endswith(f".{target.strip()}")]
         good = linear and all(linear)
-        need(good, f"--lora_targets {target!r}: give the ends of linear layers' names, as to_q,to_v")
+        require(good, f"--lora_targets {target!r}: give the ends of linear layers' names, as to_q,to_v")
 
 
 def save_stock(model, folder: Path, cfg=None):

@@ -4,7 +4,10 @@ import importlib.util
 import re
 from pathlib import Path
 
-from rewards import borrow, need
+from extras.base_lora import read_base
+from extras.hub import check_hub
+from extras.lora_files import check_lora, check_targets
+from rewards import require
 
 LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}
 
@@ -15,11 +18,11 @@ def check_flags(cfg, family, source: str, device: str, given: dict) -> dict:
     Raises BadInput unless --lora and --base_lora fit the denoiser, --lora_targets are linear layers of it,
     what --quantize and --tracker need is installed, and the hub would take a --push_to_hub.
     """
-    found, lora = {}, borrow("lora", "--lora")
+    found = {}
     if cfg.base_lora:
-        borrow("base", "--base_lora")["read_base"](cfg.base_lora, family, family.skeleton(source))
+        read_base(cfg.base_lora, family, family.build_on_meta(source))
     if cfg.lora:
-        found = lora["check_lora"](cfg.lora, family.skeleton(source), given)
+        found = check_lora(cfg.lora, family.build_on_meta(source), given)
         card, base = Path(cfg.lora) / "README.md", cfg.base_lora
         text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
         (then,) = re.findall("after the LoRA (.*) was fused", text)[:1] or ["none"]
@@ -27,13 +30,13 @@ def check_flags(cfg, family, source: str, device: str, given: dict) -> dict:
         if "VADER" in text and then != now:
             print(f"{cfg.lora} was trained with --base_lora {then}, not {now}: see its run's config.json")
     elif cfg.lora_targets:
-        lora["check_targets"](cfg.lora_targets, family.skeleton(source))
+        check_targets(cfg.lora_targets, family.build_on_meta(source))
     for flag in ("quantize", "tracker"):
         kind = getattr(cfg, flag)
         library = LIBRARIES.get(kind, kind)
         ready = kind == "none" or importlib.util.find_spec(library)
-        need(ready, f"--{flag} {kind} is not installed: pip install {library}")
+        require(ready, f"--{flag} {kind} is not installed: pip install {library}")
     if cfg.push_to_hub:
-        borrow("hub", "--push_to_hub")["check_hub"](cfg)
-    need(cfg.quantize != "nf4" or device.startswith("cuda"), "--quantize nf4 is for CUDA GPUs: take int8")
+        check_hub(cfg)
+    require(cfg.quantize != "nf4" or device.startswith("cuda"), "--quantize nf4 is for CUDA GPUs: take int8")
     return found

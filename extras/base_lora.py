@@ -10,7 +10,8 @@ import peft
 import torch
 from safetensors.torch import load_file
 
-from rewards import asking_hub, borrow, fetch, list_hub, need, reading
+from extras.lora_files import check_matrices, read_lora
+from rewards import as_bad_input, asking_hub, fetch, list_hub, require
 
 NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's, diffusers'
 
@@ -18,7 +19,7 @@ NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEF
 def prepare(model, cfg):
     """Fuse --base_lora into the model's denoiser, then quantise it."""
     if cfg.base_lora:
-        config, state = read_base(cfg.base_lora, type(model), type(model).skeleton(model.source))
+        config, state = read_base(cfg.base_lora, type(model), type(model).build_on_meta(model.source))
         fused = peft.get_peft_model(model.denoiser, config)
         peft.set_peft_model_state_dict(fused, state)
         model.denoiser = fused.merge_and_unload().eval().requires_grad_(False)
@@ -39,33 +40,33 @@ def find_lora(source: str) -> Path:
         names = os.listdir(source)
     else:
         on_hub = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(/.+)?", source)
-        need(on_hub, f"--base_lora {source}: no such file or folder, and no hub id")
+        require(on_hub, f"--base_lora {source}: no such file or folder, and no hub id")
         repo = "/".join(source.split("/")[:2])
         name = source.removeprefix(repo).strip("/")
         with asking_hub(repo, flag):
             names = list_hub(repo)
     files = [file for file in names if file.endswith(".safetensors")]
     found = [name] if name else [file for file in NAMES if file in files][:1] or files
-    need(found, f"--base_lora {source}: there is no .safetensors file")
-    need(len(found) == 1, f"--base_lora {source} has several files: give one, as {source}/{found[0]}")
+    require(found, f"--base_lora {source}: there is no .safetensors file")
+    require(len(found) == 1, f"--base_lora {source} has several files: give one, as {source}/{found[0]}")
     config = str(Path(found[0]).with_name("adapter_config.json"))
     if config in names:
         fetch(repo, config, flag)  # beside the other, in the cache
     return fetch(repo, found[0], flag)
 
 
-def read_base(source: str, family, skeleton) -> tuple[peft.LoraConfig, dict]:
+def read_base(source: str, family, denoiser) -> tuple[peft.LoraConfig, dict]:
     """A LoRA in PEFT's format, or in one that diffusers knows for the model: its config and matrices.
 
-    family: a model's class; skeleton: its denoiser without weights. Raises BadInput for a LoRA of another
+    family: a model's class; denoiser: its denoiser without weights. Raises BadInput for a LoRA of another
     model, with missing or odd keys, or that is not finite.
     """
-    file, where, lora = find_lora(source), f"--base_lora {source}", borrow("lora", "--base_lora")
+    file, where = find_lora(source), f"--base_lora {source}"
     if file.name == "adapter_model.safetensors" and file.with_name("adapter_config.json").is_file():
-        return lora["read_lora"](str(file.parent), "--base_lora", skeleton)
-    with reading(f"{where} is damaged, or no LoRA"):
+        return read_lora(str(file.parent), "--base_lora", denoiser)
+    with as_bad_input(f"{where} is damaged, or no LoRA"):
         state, alphas = load_file(file), {}
-    with reading(f"{where} is in a format that there is no code for"):
+    with as_bad_input(f"{where} is in a format that there is no code for"):
         if family.lora_pipeline and not any(key.startswith("base_model.model.") for key in state):
             found = family.lora_pipeline.lora_state_dict(state)
             state, alphas = found if isinstance(found, tuple) else (found, {})
@@ -76,15 +77,15 @@ def read_base(source: str, family, skeleton) -> tuple[peft.LoraConfig, dict]:
     own = re.compile(rf"^(base_model\.model\.|{family.folder}\.)")
     state = {own.sub("", key): value for key, value in state.items()}
     ranks = {key.removesuffix(".lora_A.weight"): len(w) for key, w in state.items() if ".lora_A." in key}
-    need(ranks, f"{where}: there is no LoRA in it, in PEFT's format or the pipeline's in diffusers")
+    require(ranks, f"{where}: there is no LoRA in it, in PEFT's format or the pipeline's in diffusers")
     scales = {own.sub("", key).removesuffix(".alpha"): float(alpha) for key, alpha in alphas.items()}
     scales = {name: scales.get(name, rank) for name, rank in ranks.items()}
-    with reading(f"{where} was made for another model"), warnings.catch_warnings():
+    with as_bad_input(f"{where} was made for another model"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's, of what does not fit: that is an error here
         config = peft.LoraConfig(target_modules=[*ranks], rank_pattern=ranks, alpha_pattern=scales)
-        fits = peft.get_peft_model_state_dict(peft.get_peft_model(skeleton, config))
+        fits = peft.get_peft_model_state_dict(peft.get_peft_model(denoiser, config))
     state = {f"base_model.model.{key}": value for key, value in state.items()}
-    lora["check_matrices"](where, state, fits)
+    check_matrices(where, state, fits)
     return config, state
 
 

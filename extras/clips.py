@@ -7,7 +7,7 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint
 
 import vader
-from rewards import need
+from rewards import require
 
 
 def chain(family, cfg):
@@ -18,10 +18,10 @@ def chain(family, cfg):
     """
     frames, left = divmod(cfg.num_frames, cfg.clips)
     said, group = f"--num_frames {cfg.num_frames}", family.frame_multiple
-    need(hasattr(family, "start"), "--clips: this model starts from no image: svd, ltx, wan2.2-5b do")
-    need(not left, f"{said}: must be a multiple of --clips {cfg.clips}")
+    require(hasattr(family, "start"), "--clips: this model starts from no image: svd, ltx, wan2.2-5b do")
+    require(not left, f"{said}: must be a multiple of --clips {cfg.clips}")
     fits = (frames - 1) % group == 0
-    need(fits, f"{said}: a clip has {frames}, must be 1 more than a multiple of {group}")
+    require(fits, f"{said}: a clip has {frames}, must be 1 more than a multiple of {group}")
 
     class Chain(family):
         frame_multiple = 1  # checked above
@@ -49,12 +49,12 @@ def chain(family, cfg):
             batch.cond["clips"], batch.uncond["clips"] = [], []
             for noise in batch.noise.split(self.length, dim=2):
                 if parts:
-                    vader.bring(run, denoiser=not run.cfg.offload, scoring=True)
+                    vader.offload_idle(run, denoiser=not run.cfg.offload, scoring=True)
                     last = super().decode(parts[-1][-1], range(self.length))[:, -1]
                     pictures = (last * 255).round().byte().permute(0, 2, 3, 1).cpu()  # as a file would be
                     told = [self.start(Image.fromarray(picture.numpy()), run.cfg) for picture in pictures]
                     cond = cond | {name: torch.stack([row[name] for row in told]) for name in told[0]}
-                    vader.bring(run, denoiser=True, scoring=not run.cfg.offload)
+                    vader.offload_idle(run, denoiser=True, scoring=not run.cfg.offload)
                 empty = run.conds[vader.Prompt(run.cfg.negative_prompt)]
                 uncond = cond | {name: batch.uncond[name] for name in empty}
                 parts.append(vader.rollout(one, batch._replace(noise=noise, cond=cond, uncond=uncond)))

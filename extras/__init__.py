@@ -1,0 +1,1 @@
+"""What single flags ask for; vader.py trains without this folder."""
