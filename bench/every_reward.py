@@ -1,6 +1,6 @@
 """Train the tiny model on every reward, then score five of the LoRAs with all of them: two tables.
 
-  python bench/every_reward.py                # all rewards, about an hour on 2 cores; finished runs are kept
+    python bench/every_reward.py          # all rewards, about an hour on 2 cores; finished runs are kept
     python bench/every_reward.py smooth hps     # only these
 
 Runs are those of the command line, in runs/rewards/. Writes bench/rewards.csv (reward on held-out prompts
