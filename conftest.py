@@ -1,4 +1,4 @@
-"""Fixtures and helpers that the tests here, in models/ and in bench/ share."""
+"""Fixtures and helpers that the tests here and in bench/ share."""
 
 import os
 import subprocess
@@ -14,6 +14,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, TextToVideoSDPipeline, UNet3
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import vader
+from extras import checks, clips
 from vader import Config, Prompt
 
 HERE = Path(__file__).parent
@@ -62,7 +63,7 @@ def small(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
     """Folder of a small random checkpoint of a family in models/, by its name in BUILDERS."""
-    from models.test_models import BUILDERS  # which imports this file
+    from test_models import BUILDERS  # which imports this file
 
     built = {}
 
@@ -98,10 +99,15 @@ def loaded(small, prompts_file):
     return load(Config(model=small, prompts=prompts_file, reward="colorful", lora_rank=4, **size))
 
 
+def checked(cfg, reward=None):
+    """The full Config of one that the door lets pass."""
+    checks.check_settings(cfg, reward)
+    return vader.resolve(cfg, reward)
+
+
 def load(cfg, randomise=True, prompts=PROMPTS):
     """A vader.Run; its LoRA away from the zero start, where half of it has no gradient."""
-    cfg, source, family = vader.resolve(cfg)
-    run = vader.load_run(cfg, source, family, prompts)
+    run = vader.load_run(checked(cfg), prompts)
     torch.manual_seed(1)
     for name, p in vader.lora_parameters(run.model).items() if randomise else ():
         p.data.normal_(std=0.3 if "lora_B" in name else 0.2)
@@ -135,7 +141,8 @@ def gradient_error(run, batch, plain):
     """The distance of the trainer's gradient of a batch from `plain`, over the length of that: not zero."""
     latents = vader.rollout(run, batch)
     _, g = vader.score(run, batch, latents[-1])
-    vader.walk_back(run, batch, latents, g)
+    walk_back = clips.walk_back if run.cfg.clips else vader.walk_back
+    walk_back(run, batch, latents, g)
     assert plain.norm() > 0
     return (gradients(run) - plain).norm() / plain.norm()
 

@@ -3,19 +3,18 @@
     python vader.py --reward aesthetic --prompts prompts.txt                         # train
     python vader.py --mode sample --lora runs/aesthetic-tiny-few/lora                # make videos
 
-The method: make a video from noise without gradient, keeping every step's latents. Score some frames and pull
-the gradient through the reward and the VAE to the last latents. Walk the sampler back over the last K steps,
-one denoiser call at a time. Every sampler here is affine, so its backward is two multiplications a step. The
-graph is cut at frames, latents and steps: peak memory is that of the largest piece, whatever K is.
+Make a video from noise without gradient and keep every step's latents. Score some frames, and pull the
+gradient through the reward and the VAE to the last latents. Walk the sampler back over the last K steps, one
+denoiser call at a time: every sampler here is affine, so its backward is two multiplications a step. The
+graph is cut at frames, latents and steps, so peak memory is that of the largest piece, whatever K is.
 
     x, latents[i]   x_t of the paper, (B, C, F, H, W)   a, b, c   x[i+1] = a[i] x[i] + b[i] f(c[i] x[i], t[i])
     f, denoise      epsilon_theta or v_theta            s         noise added per step, when eta > 0
     g               d loss / d x, walked backwards      w         classifier-free guidance scale
     v               d loss / d frames                   K, T      trained steps, sampling steps
 
-Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. More models,
-one a file, are in models/. What --clips, --lora, --base_lora or --push_to_hub ask for is in extras/. Both are
-imported where they are used, and can be deleted.
+Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. Two folders can
+be deleted: models/ has more models, extras/ what single flags ask for and the checks of all input.
 """
 
 import contextlib
@@ -29,14 +28,28 @@ import json
 import math
 import os
 import re
-import shutil
+import signal
 import sys
+import tempfile
 import time
-import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Literal, NamedTuple
+
+SCRIPT = __name__ == "__main__" and "__file__" in globals()  # not imported, nor pasted into a notebook
+
+
+def stop(*_):
+    """On Ctrl-C, at any time: one line. Files are whole at any moment, so there is nothing to tidy up."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\nvader.py: stopped; training goes on with the same command and --resume\n")
+    os._exit(130)
+
+
+if SCRIPT:  # before the imports, which take seconds
+    signal.signal(signal.SIGINT, stop)
 
 import diffusers
 import imageio.v3 as iio
@@ -47,16 +60,18 @@ import torch
 import torch.distributed as dist
 import transformers
 from filelock import FileLock
+from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import rewards
-from rewards import BadInput, as_bad_input, evenly_spaced, require
+from rewards import BadInput, evenly_spaced, require
 
-HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Run or pasted, this module is called __main__; models/ and extras/ import it as vader.
 sys.modules.setdefault("vader", sys.modules[__name__])
-TOY, PAGE = str(HERE / "tiny" / "rewards"), HERE / "page.html"
+HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+TOY = str(HERE / "tiny" / "rewards")
+PAGE, EXTRAS = HERE / "page.html", HERE / "extras"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 # ---- 1. Config ---------------------------------------------------------------------------------------------
@@ -71,9 +86,7 @@ class Config:
 
     reward: str = arg("aesthetic", 'a reward of rewards.py or a weighted sum, "aesthetic + 0.5*colorful"')
     prompts: str = arg("prompts.txt", "a text file, one a line (not # lines), or .jsonl with an image each")
-    model: str = arg(
-        "auto", "auto (modelscope on a CUDA GPU, else tiny-few), a short name, a hub id, a folder"
-    )
+    model: str = arg("auto", "a short name, hub id or folder; auto: modelscope on a CUDA GPU, else tiny-few")
     mode: Literal["train", "sample", "eval"] = arg("train", "sample: make videos; eval: score base and tuned")
     lora: str | None = arg(None, "folder of a trained LoRA: to sample or score, or where train starts from")
     base_lora: str | None = arg(None, "LoRA that is fused into the base: of few steps, of a style")
@@ -122,25 +135,6 @@ class Config:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = arg("auto", "bf16 if the GPU can, else fp16; CPU fp32")
 
 
-# Defaults that models share, see `presets` of their classes: those with published weights, those in tiny/.
-PUBLISHED = dict(steps=200, eval_every=50, lr=2e-4, batch_size=1, grad_accum=4, lora_rank=16)
-TINY = dict(steps=50, eval_every=25, lr=1e-3, batch_size=2, grad_accum=1, lora_rank=8)
-TINY |= dict(num_inference_steps=10, height=64, width=64, rewards=TOY)
-
-# SWAP: your model. Write models/mine.py, imitating models/wan.py, and add "models.mine.Class" with its names
-# for --model (keys of its `presets`) and the pipelines that it loads (`_class_name` in model_index.json).
-FAMILIES = {
-    "vader.TextToVideoUNet": ("tiny", "tiny-few", "modelscope", "zeroscope", "TextToVideoSDPipeline"),
-    "models.animatediff.AnimateDiff": ("animatediff", "AnimateDiffPipeline", "StableDiffusionPipeline"),
-    "models.anyflow.AnyFlow": ("anyflow", "AnyFlowPipeline"),
-    "models.cogvideox.CogVideoX": ("cogvideox", "cogvideox-5b", "CogVideoXPipeline"),
-    "models.ltx.LTX": ("ltx", "LTXPipeline", "LTXImageToVideoPipeline"),
-    "models.svd.StableVideoDiffusion": ("svd", "tiny-i2v", "StableVideoDiffusionPipeline"),
-    "models.wan.Wan": ("wan", "tiny-wan", "WanPipeline"),
-    "models.wan.Wan22": ("wan2.2-5b", "WanPipeline with expand_timesteps"),
-}
-
-
 # ---- 2. Prompts and randomness -----------------------------------------------------------------------------
 class Prompt(NamedTuple):
     """What a video is made from. image: the file that it starts from, where the model takes one."""
@@ -150,41 +144,32 @@ class Prompt(NamedTuple):
 
 
 # SWAP: your prompts.
-def read_prompts(path: str, family: type | None = None) -> list[Prompt]:
-    """The prompts of a text file, one a line, # lines left out; or of a .jsonl file, see extras/images.py.
+def read_prompts(path: str) -> list[Prompt]:
+    """The prompts of a text file, one a line without # lines, or of a .jsonl file, by extras/prompts.py."""
+    if path.lower().endswith(".jsonl"):
+        from extras.prompts import read_rows
 
-    family: of the model, which may want an image with each. Raises BadInput.
-    """
-    require(Path(path).is_file(), f"no prompt file {path}: give --prompts a text file, one prompt a line")
-    kind, text = Path(path).suffix.lower(), Path(path).read_text(encoding="utf-8-sig", errors="replace")
-    require(kind in ("", ".txt", ".jsonl"), f"{path}: prompts are read from .txt and .jsonl files")
-    require(not {"\0", "\ufffd"} & set(text), f"{path} is not a text file: give one prompt a line, in UTF-8")
-    lines = {n: line for n, line in enumerate(map(str.strip, text.split("\n")), 1) if line and line[0] != "#"}
-    prompts = [Prompt(line) for line in lines.values()]
-    if kind == ".jsonl":
-        from extras.images import read_rows
-
-        prompts = read_rows(path, lines, family)
-    require(prompts, f"{path} holds no prompts: write one a line")
-    images, use = [bool(prompt.image) for prompt in prompts], family.images if family else "no"
-    good = all(images) or use == "no" or use == "may" and not any(images)
-    require(good, f"{path}: this model starts from an image: use .jsonl, with one in each line")
+        return read_rows(path)
+    prompts = []
+    for line in Path(path).read_text(encoding="utf-8-sig").split("\n"):
+        line = line.strip()
+        if line and not line.startswith("#"):
+            prompts.append(Prompt(line))
     return prompts
 
 
-def split_prompts(cfg: Config, family: type | None = None) -> tuple[list[Prompt], list[Prompt]]:
-    """Prompts to train on, and held-out ones: --eval_prompts or every tenth of --prompts. Raises BadInput."""
-    prompts = [*dict.fromkeys(lines := read_prompts(cfg.prompts, family))]
+def split_prompts(cfg: Config):
+    """Prompts to train on, and held-out ones: those of --eval_prompts, or every tenth of --prompts."""
+    prompts = list(dict.fromkeys(read_prompts(cfg.prompts)))
     if not cfg.eval_videos:
         return prompts, []
-    every = min(10, len(prompts))
-    held_out = read_prompts(cfg.eval_prompts, family) if cfg.eval_prompts else prompts[every - 1 :: every]
-    kept = [prompt for prompt in prompts if prompt not in held_out]
-    require(kept or cfg.eval_prompts, f"{cfg.prompts} has one prompt, held back: add more, or --eval_prompts")
-    if len(lines) > len(kept) + (0 if cfg.eval_prompts else len(held_out)):
-        left = f"{len(kept)} others are left to train on" if kept else "they train too, no gain is held out"
-        print(f"{cfg.prompts}: of {len(lines)} prompts some stand twice, or are held out: {left}")
-    return kept or prompts, held_out
+    if cfg.eval_prompts:
+        held_out = read_prompts(cfg.eval_prompts)
+    else:
+        every = min(10, len(prompts))
+        held_out = prompts[every - 1 :: every]
+    trained = [prompt for prompt in prompts if prompt not in held_out]
+    return trained or prompts, held_out
 
 
 def generator_for(*key) -> torch.Generator:
@@ -197,9 +182,9 @@ def batch_prompts(prompts: list[Prompt], cfg: Config, number: int) -> list[Promp
     """The prompts of the run's batch `number`: the file again and again, each time in a new order."""
     chosen = []
     for place in range(number * cfg.batch_size, (number + 1) * cfg.batch_size):
-        shuffle = generator_for(cfg.seed, "order", place // len(prompts))
-        order = torch.randperm(len(prompts), generator=shuffle)
-        chosen.append(prompts[order[place % len(prompts)]])
+        epoch, position = divmod(place, len(prompts))
+        order = torch.randperm(len(prompts), generator=generator_for(cfg.seed, "order", epoch))
+        chosen.append(prompts[order[position]])
     return chosen
 
 
@@ -225,19 +210,23 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
     For DDIM on noise (Song et al. 2021, eq. 12 and 16), A = alphas_cumprod of a step, A' of the next: c = 1,
     a = sqrt(A' / A), b = sqrt(1 - A' - s^2) - sqrt(A' (1 - A) / A). Raises BadInput where it is not linear.
     """
-    tensors = {name: value for name, value in vars(scheduler).items() if isinstance(value, torch.Tensor)}
-    for name in tensors.keys() - {"timesteps"}:
-        setattr(scheduler, name, tensors[name].double())  # its own float32 would round each step
-    # four columns: x alone, f alone, noise alone, x or f in turn and large: clips and memory of steps show
-    x, f, noise = torch.eye(3, 4, dtype=torch.float64)[:, None, :, None, None]
-    noisy, rows = dict(eta=eta, variance_noise=noise) if eta else {}, []
+    for name, value in list(vars(scheduler).items()):
+        if isinstance(value, torch.Tensor) and name != "timesteps":
+            setattr(scheduler, name, value.double())  # its own float32 would round each step
+    # Four channels: x, f or noise alone; and x or f in turn, large, to see a sampler that clips or remembers.
+    x, f, noise = torch.zeros(3, 1, 4, 1, 1, dtype=torch.float64)
+    x[0, 0] = f[0, 1] = noise[0, 2] = 1
+    kwargs = dict(eta=eta, variance_noise=noise) if eta else {}
     rescale = getattr(scheduler, "scale_model_input", lambda x, t: x)
+    rows = []
     for i, t in enumerate(scheduler.timesteps):
-        x[0, 3], f[0, 3] = (100, 0) if i % 2 else (0, 100)
+        x_large, f_large = (100, 0) if i % 2 else (0, 100)
+        x[0, 3], f[0, 3] = x_large, f_large
         c = rescale(torch.ones_like(x), t).mean().item()
-        a, b, s, large = scheduler.step(f, t, x, **noisy).prev_sample.flatten().tolist()
-        linear = math.isclose(large, 100 * (a if i % 2 else b), rel_tol=1e-5, abs_tol=1e-5)
-        require(linear and (eta or s == 0), "--model: its scheduler clips or draws noise: take another")
+        a, b, s, large = scheduler.step(f, t, x, **kwargs).prev_sample.flatten().tolist()
+        expected = a * x_large + b * f_large
+        is_linear = math.isclose(large, expected, rel_tol=1e-5, abs_tol=1e-5) and (eta or s == 0)
+        require(is_linear, "--model: its scheduler clips or draws noise: take another")
         rows.append((a, b, c, s))
     tables = map(list, zip(*rows, strict=True))
     return Schedule(scheduler.timesteps, *tables, start=float(getattr(scheduler, "init_noise_sigma", 1)))
@@ -249,101 +238,82 @@ def straight_through_clamp(x):
     return x + (x.clamp(0, 1) - x).detach()
 
 
-class TextToVideoUNet:
-    """ModelScope, ZeroScope, tiny: a 3D U-Net and DDIM. The families in models/ give what differs."""
+def read_config(source: str, name: str) -> dict:
+    """A json file of a model that is a folder or a hub id (then it is downloaded). Raises BadInput."""
+    return rewards.read_json(rewards.fetch(source, name, "--model"))
 
-    # what --model takes: where it loads from, and defaults; hub ids and folders take the first one's
-    modelscope = dict(source="ali-vilab/text-to-video-ms-1.7b", num_frames=16, height=256, width=256)
-    modelscope |= PUBLISHED | dict(num_inference_steps=25, guidance_scale=9.0)
-    zeroscope = modelscope | dict(source="cerspense/zeroscope_v2_576w", num_frames=24, height=320, width=576)
-    tiny = TINY | dict(source=str(HERE / "tiny" / "t2v"), num_frames=8, guidance_scale=4.0)
-    few = dict(base_lora=f"{HERE}/tiny/few", num_inference_steps=4, guidance_scale=1, steps=40, eval_every=20)
-    presets = {"modelscope": modelscope, "zeroscope": zeroscope, "tiny": tiny, "tiny-few": tiny | few}
 
-    text_pipeline = diffusers.TextToVideoSDPipeline  # stock, for its encode_prompt
-    lora_pipeline = None  # stock, where its load_lora_weights works
-    denoiser_class, folder = diffusers.UNet3DConditionModel, "unet"
-    vae_class = diffusers.AutoencoderKL
-    # blocks whose activations are recomputed, in the denoiser and in the VAE
-    checkpointed = ("ResnetBlock2D", "Transformer2DModel", "TransformerTemporalModel", "TemporalConvLayer")
-    vae_checkpointed = ("ResnetBlock2D",)
-    multiple, frame_multiple = 8, 1  # of height and width; of the number of frames less one
-    scale, frames_per_latent = 8, 1  # pixels in a latent pixel; frames in a latent frame, but the first: one
-    stochastic, grad_steps = True, "last"  # does the sampler take --eta? the default of that setting
+class VideoModel:
+    """What all models share; a family gives what differs."""
+
+    schedule: Callable  # these three methods are a family's, as TextToVideoUNet has them
+    encode_text: Callable
+    decode: Callable
+    rollout: Callable  # and with --clips these two are extras/clips.py's
+    walk_back: Callable
+    presets = {}  # {a name for --model: {"source": hub id or folder, a field of Config: its default}}
+    text_pipeline = None  # the stock pipeline, for its encode_prompt
+    lora_pipeline = None  # the stock pipeline, where its load_lora_weights works
+    denoiser_class = vae_class = None  # classes of diffusers
+    folder = "transformer"  # of the denoiser in a checkpoint
+    checkpointed = vae_checkpointed = ()  # names of the blocks whose activations are recomputed
+    multiple = scale = 8  # height and width are multiples of the one; pixels of a latent pixel
+    frame_multiple = frames_per_latent = 1  # frames less one are a multiple; latent frame 0 holds one frame
+    stochastic = False  # does the sampler take --eta?
+    grad_steps = "last"  # what --grad_steps auto is
     inputs = 1  # how many latents side by side the denoiser takes
-    max_tokens = None  # of a prompt that the text encoder reads; its tokenizer's own limit
-    images = "no"  # is the video made from an image: no, may, must
+    max_tokens = None  # how much of a prompt is read; None: what the tokenizer says
+    images = "no"  # is a video made from an image: no, may, must
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
         self.denoiser = self.vae = self.image_encoder = None
-        self.fused = ""  # what --base_lora did, for a LoRA's README.md
+        self.base_lora = None  # the name of the LoRA that is fused into the base
 
     @classmethod
-    def build_on_meta(cls, source) -> torch.nn.Module:
-        """The denoiser without its weights. Raises BadInput for a checkpoint that there is no code for."""
-        config, vae = (read_config(source, f"{name}/config.json") for name in (cls.folder, "vae"))
-        for found, kind in ((config, cls.denoiser_class), (vae, cls.vae_class)):
-            is_that = found.get("_class_name") == kind.__name__
-            require(is_that, f"{source} has a {found.get('_class_name')}, there is code for {kind.__name__}")
-        with torch.device("meta"), as_bad_input(f"{source}: a config.json is damaged"):
-            made = cls.denoiser_class.from_config(config)
-            channels = cls.inputs * (vae.get("latent_channels") or vae["z_dim"])
-            require(made.config.in_channels == channels, f"{source}: no code for other inputs than latents")
-            levels = len(vae.get("block_out_channels", ())) if cls.scale == 8 else 0  # 0: says it otherwise
-            require(levels in (0, 4), f"{source}: no code for a VAE of another scale than {cls.scale}")
-        return made
-
-    def schedule(self, cfg: Config) -> Schedule:
-        config = read_config(self.source, "scheduler/scheduler_config.json")
-        scheduler = diffusers.DDIMScheduler.from_config(config, timestep_spacing=cfg.timestep_spacing)
-        scheduler.set_timesteps(cfg.num_inference_steps)
-        return tabulate(scheduler, cfg.eta)
+    def variant(cls, source: str) -> type:
+        """The class for this checkpoint: itself or another. Raises BadInput if there is no code for it."""
+        return cls
 
     @torch.no_grad()
-    def encode(self, prompts: list[Prompt], cfg: Config) -> dict[Prompt, dict]:
-        """{prompt: what `denoise` is given, without batch dimension}, by the stock pipeline; it is freed."""
+    def encode(self, prompts: list[Prompt], cfg: Config) -> dict:
+        """What `denoise` is told of each prompt, by the stock pipeline, which is freed afterwards."""
         pipe = self.stock(self.text_pipeline, "text_encoder", "tokenizer")
-        limit = self.max_tokens or pipe.tokenizer.model_max_length
-        long = [prompt.text for prompt in prompts if len(pipe.tokenizer(prompt.text).input_ids) > limit]
-        if long:
-            print(f"{len(long)} prompts are cut at {limit} tokens, the first is {long[0][:60]!r}...")
         return {prompt: self.encode_text(pipe, prompt.text) for prompt in prompts}
 
-    def stock(self, pipeline, *names):
+    def stock(self, pipeline: type, *names: str):
         """A stock pipeline with only these of its parts, on the device. Raises BadInput."""
-        takes = inspect.signature(pipeline).parameters
-        parts = {name: None for name, part in takes.items() if part.default is part.empty}
-        for name in names:
-            parts[name] = rewards.load(takes[name].annotation, self.source, "--model", name, self.dtype)
+        parts = {}
+        for name, parameter in inspect.signature(pipeline).parameters.items():
+            if name in names:
+                parts[name] = rewards.load(parameter.annotation, self.source, "--model", name, self.dtype)
+            elif parameter.default is parameter.empty:
+                parts[name] = None
         return pipeline(**parts).to(self.device)
-
-    def encode_text(self, pipe, text: str) -> dict:
-        return {"encoder_hidden_states": pipe.encode_prompt(text, self.device, 1, False)[0][0]}
 
     def load(self):
         """Load the denoiser and the VAE, frozen, without dropout (recomputing must give the same numbers)."""
         load = functools.partial(rewards.load, source=self.source, flag="--model", dtype=self.dtype)
         self.denoiser = self.denoiser or load(self.denoiser_class, subfolder=self.folder)
         self.vae = self.vae or load(self.vae_class, subfolder="vae")
-        for part in (self.denoiser, self.vae):
-            part.to(self.device).eval().requires_grad_(False)
+        for network in (self.denoiser, self.vae):
+            network.to(self.device).eval().requires_grad_(False)
 
     def recompute(self):
         """Recompute activations in the backward pass, block by block."""
         rewards.checkpoint_blocks(self.denoiser, self.checkpointed)
         rewards.checkpoint_blocks(self.vae, self.vae_checkpointed)
 
-    def latent_shape(self, cfg: Config) -> tuple[int, ...]:
+    def latent_shape(self, cfg: Config) -> tuple:
         """(C, F, H, W) of one video's latents."""
         vae = read_config(self.source, "vae/config.json")
-        frames = 1 + (cfg.num_frames - 1) // self.frames_per_latent
         channels = vae.get("latent_channels") or vae["z_dim"]
+        frames = 1 + (cfg.num_frames - 1) // self.frames_per_latent
         return channels, frames, cfg.height // self.scale, cfg.width // self.scale
 
-    def frames_in(self, n: int) -> int:
-        """Frames that latent frame n holds."""
-        return self.frames_per_latent if n else 1
+    def latent_frame(self, frame: int) -> int:
+        """Which latent frame holds this frame; the first one holds frame 0 alone."""
+        return (frame + self.frames_per_latent - 1) // self.frames_per_latent
 
     def guidance(self, scale: float, frames: int):
         """Classifier-free guidance scale: a number, or (F, 1, 1) for latents (B, C, F, H, W)."""
@@ -352,43 +322,78 @@ class TextToVideoUNet:
     def denoise(self, x, t, cond):
         """x: (B, C, F, H, W) float32, t: (), cond: dict of (B, ...) -> f: (B, C, F, H, W) float32."""
         t = t.to(self.device).expand(len(x))
-        return self.denoiser(x.to(self.dtype), timestep=t, **cond, return_dict=False)[0].float()
+        return self.denoiser(x.to(self.dtype), timestep=t, **cond).sample.float()
+
+
+# Defaults that models share: those with published weights, and those in tiny/.
+PUBLISHED = dict(steps=200, eval_every=50, lr=2e-4, batch_size=1, grad_accum=4, lora_rank=16)
+TINY = dict(steps=50, eval_every=25, lr=1e-3, batch_size=2, grad_accum=1, lora_rank=8)
+TINY |= dict(num_inference_steps=10, height=64, width=64, rewards=TOY)
+
+
+class TextToVideoUNet(VideoModel):
+    """ModelScope, ZeroScope and the tiny model: a 3D U-Net, sampled by DDIM."""
+
+    # a folder or hub id of another name takes the first one's defaults
+    modelscope = dict(source="ali-vilab/text-to-video-ms-1.7b", num_frames=16, height=256, width=256)
+    modelscope |= PUBLISHED | dict(num_inference_steps=25, guidance_scale=9.0)
+    zeroscope = modelscope | dict(source="cerspense/zeroscope_v2_576w", num_frames=24, height=320, width=576)
+    tiny = TINY | dict(source=str(HERE / "tiny" / "t2v"), num_frames=8, guidance_scale=4.0)
+    few = dict(base_lora=f"{HERE}/tiny/few", num_inference_steps=4, guidance_scale=1, steps=40, eval_every=20)
+    presets = {"modelscope": modelscope, "zeroscope": zeroscope, "tiny": tiny, "tiny-few": tiny | few}
+
+    text_pipeline = diffusers.TextToVideoSDPipeline
+    denoiser_class = diffusers.UNet3DConditionModel
+    vae_class = diffusers.AutoencoderKL
+    folder = "unet"
+    checkpointed = ("ResnetBlock2D", "Transformer2DModel", "TransformerTemporalModel", "TemporalConvLayer")
+    vae_checkpointed = ("ResnetBlock2D",)
+    stochastic = True
+
+    def schedule(self, cfg: Config) -> Schedule:
+        config = read_config(self.source, "scheduler/scheduler_config.json")
+        scheduler = diffusers.DDIMScheduler.from_config(config, timestep_spacing=cfg.timestep_spacing)
+        scheduler.set_timesteps(cfg.num_inference_steps)
+        return tabulate(scheduler, cfg.eta)
+
+    def encode_text(self, pipe, text: str) -> dict:
+        """What `denoise` is told of a prompt, without batch dimension."""
+        embeds, _ = pipe.encode_prompt(text, self.device, 1, False)
+        return {"encoder_hidden_states": embeds[0]}  # (tokens, D)
 
     def decode(self, latents, picks):
-        """latents: (B, C, F, H, W) float32, picks: sorted indices of F -> (B, N, 3, H, W) float32 in [0, 1].
-
-        N frames: as many as picks, or where a latent frame holds several, all of those picked.
-        """
+        """latents: (B, C, F, H, W), picks: sorted, of F -> all their frames, (B, N, 3, H, W) in [0, 1]."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
-        frames = [self.vae.decode(scaled[:, :, n], return_dict=False)[0].float() for n in picks]
+        frames = [self.vae.decode(scaled[:, :, n]).sample.float() for n in picks]
         return straight_through_clamp(torch.stack(frames, dim=1) / 2 + 0.5)
 
 
-def add_lora(model, cfg: Config):
+def add_lora(model: VideoModel, cfg: Config):
     """Put float32 low-rank adapters (Hu et al. 2021) on the frozen denoiser: new ones, or those in --lora."""
     if cfg.lora:
         model.denoiser = peft.PeftModel.from_pretrained(model.denoiser, cfg.lora, is_trainable=True).eval()
-        return
-    torch.manual_seed(cfg.seed)
-    targets = [target.strip() for target in cfg.lora_targets.split(",")]
-    config = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets)
-    model.denoiser = peft.get_peft_model(model.denoiser, config)
+    else:
+        torch.manual_seed(cfg.seed)
+        targets = cfg.lora_targets.replace(" ", "").split(",")
+        config = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets)
+        model.denoiser = peft.get_peft_model(model.denoiser, config)
 
 
-def lora_parameters(model) -> dict[str, torch.nn.Parameter]:
+def lora_parameters(model: VideoModel) -> dict:
     return {name: p for name, p in model.denoiser.named_parameters() if p.requires_grad}
 
 
 # ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
 @dataclass
 class Run:
-    """What a run works with. terms: {name: (weight, reward)}; conds: {prompt: what `denoise` is given}."""
+    """What a run works with."""
 
     cfg: Config
-    model: TextToVideoUNet
+    model: VideoModel
     schedule: Schedule
-    terms: dict
-    conds: dict
+    terms: dict  # {name: (weight, reward)}
+    conds: dict  # {prompt: what `denoise` is told of it}
+    scaler: torch.amp.GradScaler | None = None  # of the loss, in fp16
 
 
 class Batch(NamedTuple):
@@ -396,40 +401,46 @@ class Batch(NamedTuple):
 
     prompts: list[Prompt]
     noise: torch.Tensor  # (B, C, F, H, W) float32
-    cond: dict  # what `denoise` is given, {name: (B, ...)}
-    uncond: dict  # without the text
+    cond: dict  # what `denoise` is told, {name: (B, ...)}
+    uncond: dict  # the same without the text
     generator: torch.Generator  # for what is drawn on the way
     picks: list[int]  # latent frames that are scored
     trained: list[int]  # sampling steps that get a gradient
-    scale: float = 1.0  # of the loss: 1 / (grad_accum * processes), times that of fp16
+    scale: float  # of the loss: 1 / (grad_accum * processes), times that of fp16
+    clips: list  # with --clips, rollout puts a Batch for each clip here
 
 
 def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trained=(), scale=1.0) -> Batch:
     """A Batch, with what run.conds knows of its prompts."""
-    rows, empty = [run.conds[prompt] for prompt in prompts], run.conds[Prompt(run.cfg.negative_prompt)]
-    cond = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    # an image, which the empty prompt has not, is given to both guidance branches
-    uncond = cond | {name: value.expand(len(rows), *value.shape) for name, value in empty.items()}
-    return Batch(prompts, noise, cond, uncond, generator, picks, trained, scale)
+    cond = default_collate([run.conds[prompt] for prompt in prompts])
+    empty = default_collate([run.conds[Prompt(run.cfg.negative_prompt)]] * len(prompts))
+    # The empty prompt has a text only. An image is given to both guidance branches.
+    return Batch(prompts, noise, cond, cond | empty, generator, picks, trained, scale, [])
 
 
 def pick_latent_frames(run: Run, generator) -> list[int]:
     """Latent frames to score: random ones, or those of evenly spaced frames if a reward wants several."""
-    frames, wants = run.cfg.num_frames, [getattr(reward, "frames", 1) for _, reward in run.terms.values()]
-    inside = [k for k in range(frames) for _ in range(run.model.frames_in(k))]  # of which latent, by frame
-    wanted = max((frames if n == "all" else n for n in wants), default=1)
+    frames = run.cfg.num_frames
+    wanted = 1
+    for _, reward in run.terms.values():
+        wants = getattr(reward, "frames", 1)
+        wanted = max(wanted, frames if wants == "all" else wants)
     n = min(run.cfg.decode_frames or wanted, frames)
     if wanted > 1:
-        return sorted({inside[frame] for frame in evenly_spaced(n, frames)})
-    return sorted(torch.randperm(inside[frames - 1] + 1, generator=generator)[:n].tolist())
+        return sorted({run.model.latent_frame(frame) for frame in evenly_spaced(n, frames)})
+    latent_frames = run.model.latent_frame(frames - 1) + 1
+    return sorted(torch.randperm(latent_frames, generator=generator)[:n].tolist())
 
 
 def trained_steps(run: Run) -> list[int]:
     """Which K of the T sampling steps train: last (DRaFT-K), spread (DRTune), of most leverage."""
-    K, T, kind = run.cfg.backprop_steps, len(run.schedule.t), run.cfg.grad_steps
-    if kind == "strongest":
-        return sorted(sorted(range(T), key=run.schedule.leverage)[-K:])
-    return evenly_spaced(K, T) if kind == "spread" and K > 1 else list(range(T - K, T))
+    K, T = run.cfg.backprop_steps, len(run.schedule.t)
+    if run.cfg.grad_steps == "strongest":
+        by_leverage = sorted(range(T), key=run.schedule.leverage)
+        return sorted(by_leverage[-K:])
+    if run.cfg.grad_steps == "spread" and K > 1:
+        return evenly_spaced(K, T)
+    return list(range(T - K, T))
 
 
 @torch.no_grad()
@@ -437,11 +448,13 @@ def rollout(run: Run, batch: Batch) -> list:
     """Sample without gradient, both guidance branches at once -> T + 1 latents (B, C, F, H, W) float32."""
     if run.cfg.clips:
         return run.model.rollout(run, batch)
-    model, schedule, cond, x = run.model, run.schedule, batch.cond, run.schedule.start * batch.noise
-    latents, guided = [x], run.cfg.guidance_scale != 1
-    w = model.guidance(run.cfg.guidance_scale, x.shape[2])
+    model, schedule, cond = run.model, run.schedule, batch.cond
+    w = model.guidance(run.cfg.guidance_scale, batch.noise.shape[2])
+    guided = run.cfg.guidance_scale != 1
     if guided:
         cond = {name: torch.cat([batch.uncond[name], value]) for name, value in cond.items()}
+    x = schedule.start * batch.noise
+    latents = [x]
     for i, t in enumerate(schedule.t):
         scaled = schedule.c[i] * x
         f = model.denoise(torch.cat([scaled, scaled]) if guided else scaled, t, cond)
@@ -458,20 +471,23 @@ def rollout(run: Run, batch: Batch) -> list:
 def score(run: Run, batch: Batch, x):
     """Reward the picked frames of clean latents x and pull the gradient back to x, chunk by chunk.
 
-    x: (B, C, F, H, W) float32. Returns the rewards' figures, and g like x: of batch.scale x minus their mean.
+    x: (B, C, F, H, W) float32. Returns the rewards' figures {name: (B,)}, and g like x, the gradient of
+    batch.scale x minus their mean.
     """
-    cfg, picks, texts = run.cfg, batch.picks, [prompt.text for prompt in batch.prompts]
-    pieces = [picks[i : i + cfg.decode_chunk] for i in range(0, len(picks), cfg.decode_chunk)]
+    texts = [prompt.text for prompt in batch.prompts]
     with torch.no_grad():
-        video = run.model.decode(x, picks).requires_grad_()  # (B, N, 3, H, W)
-    sizes = [sum(map(run.model.frames_in, piece)) for piece in pieces]
-    found = rewards.weighted_rewards(run.terms, video, texts, cfg.decode_chunk, batch.scale)
+        video = run.model.decode(x, batch.picks).requires_grad_()  # (B, N, 3, H, W)
+    figures = rewards.weighted_rewards(run.terms, video, texts, run.cfg.decode_chunk, batch.scale)
     v = -video.grad / len(x)
     del video
     x = x.detach().requires_grad_()
-    for piece, pull in zip(pieces, v.split(sizes, dim=1), strict=True):
-        run.model.decode(x, piece).backward(pull)
-    return found, x.grad
+    done = 0
+    for first in range(0, len(batch.picks), run.cfg.decode_chunk):
+        piece = batch.picks[first : first + run.cfg.decode_chunk]
+        frames = run.model.decode(x, piece)
+        frames.backward(v[:, done : done + frames.shape[1]])
+        done += frames.shape[1]
+    return figures, x.grad
 
 
 # SWAP: your gradient estimator. It may draw with batch.generator, and call `rollout` and `score` again.
@@ -482,147 +498,141 @@ def walk_back(run: Run, batch: Batch, latents, g):
     the gradient: 1 is exact (DRaFT-K), 0 detaches it (DRTune).
     """
     cfg, model, schedule = run.cfg, run.model, run.schedule
-    w, earliest = model.guidance(cfg.guidance_scale, g.shape[2]), min(batch.trained)
-    branches = [(batch.cond, w), (batch.uncond, 1 - w)]
-    if cfg.detach_uncond or cfg.guidance_scale == 1:
-        branches = [(batch.cond, w)]
+    w = model.guidance(cfg.guidance_scale, g.shape[2])
+    branches = [(batch.cond, w)]
+    if cfg.guidance_scale != 1 and not cfg.detach_uncond:
+        branches.append((batch.uncond, 1 - w))
+    earliest = min(batch.trained)
     for i in range(len(schedule.t) - 1, earliest - 1, -1):
         a, b, c, t = schedule.a[i], schedule.b[i], schedule.c[i], schedule.t[i]
+        if i not in batch.trained:
+            g = a * g
+            continue
         x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)
-        for cond, share in branches if i in batch.trained else ():  # others only pass g on
+        for cond, share in branches:
             f = model.denoise(c * x, t, cond)
             f.backward(share * b * g)
             del f  # before the next branch builds its graph
-        g = a * g if x.grad is None else a * g + cfg.coupling * x.grad
+        g = a * g
+        if x.grad is not None:
+            g = g + cfg.coupling * x.grad
 
 
 # ---- 6. Training -------------------------------------------------------------------------------------------
-def offload_idle(run: Run, denoiser=False, scoring=False):
-    """On the device: the denoiser? what scores (the VAE, the rewards)? All else waits in host memory."""
-    parts = [(run.model.denoiser, denoiser), (run.model.vae, scoring), (run.model.image_encoder, scoring)]
-    parts += [(net, scoring) for _, reward in run.terms.values() for net in getattr(reward, "networks", ())]
-    for part, wanted in sorted(parts, key=lambda entry: entry[1]):  # first make room
-        if part is not None:
-            part.to(run.model.device if wanted else "cpu")
-
-
-def micro_batch(run: Run, prompts: list[Prompt], step: int, number: int, scale=1.0):
+def micro_batch(run: Run, prompts, step: int, number: int, scale=1.0):
     """Rollout, score, walk back: adds to the LoRA's gradients -> the rewards' figures, {name: (B,)}."""
-    cfg, model, draw = run.cfg, run.model, generator_for(run.cfg.seed, step, number)
-    noise = torch.randn(len(prompts), *model.latent_shape(cfg), generator=draw).to(model.device)
-    batch = make_batch(run, prompts, noise, draw, pick_latent_frames(run, draw), trained_steps(run), scale)
-    offload_idle(run, denoiser=True, scoring=not cfg.offload)
+    model = run.model
+    generator = generator_for(run.cfg.seed, step, number)
+    noise = torch.randn(len(prompts), *model.latent_shape(run.cfg), generator=generator).to(model.device)
+    picks = pick_latent_frames(run, generator)
+    batch = make_batch(run, prompts, noise, generator, picks, trained_steps(run), scale)
     latents = rollout(run, batch)
-    offload_idle(run, denoiser=not cfg.offload, scoring=True)
-    found, g = score(run, batch, latents[-1])
-    offload_idle(run, denoiser=True, scoring=not cfg.offload)
-    walk_back(run, batch, latents, g)
-    return found
+    figures, g = score(run, batch, latents[-1])
+    if run.cfg.clips:
+        run.model.walk_back(run, batch, latents, g)
+    else:
+        walk_back(run, batch, latents, g)
+    return figures
 
 
 # SWAP: your optimiser.
 def make_optimizer(run: Run):
-    weights, cfg = lora_parameters(run.model).values(), run.cfg
-    return torch.optim.AdamW(weights, lr=cfg.lr, weight_decay=cfg.weight_decay)
+    parameters = lora_parameters(run.model).values()
+    return torch.optim.AdamW(parameters, lr=run.cfg.lr, weight_decay=run.cfg.weight_decay)
 
 
-def update(run: Run, prompts: list[Prompt], step: int, optimizer, scaler=None) -> dict:
+def update(run: Run, prompts, step: int, optimizer) -> dict:
     """One step on the gradient of grad_accum batches a process, where finite -> row of metrics.jsonl."""
-    cfg, start, found, (rank, world) = run.cfg, time.time(), {}, ranks()
-    scaler = scaler or torch.amp.GradScaler(run.model.device, enabled=False)
-    cuda = torch.cuda if run.model.device.startswith("cuda") else None
-    if cuda:
-        cuda.reset_peak_memory_stats()  # or the peak is that of encoding the prompts
+    cfg, start = run.cfg, time.time()
+    rank, world = ranks()
+    on_cuda = run.model.device.startswith("cuda")
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats()  # or the peak is that of encoding the prompts
     parameters = list(lora_parameters(run.model).values())
+    one = torch.ones((), device=parameters[0].device)  # a scaler has no scale before it has scaled something
+    scale = run.scaler.scale(one).item() / (cfg.grad_accum * world)
     optimizer.zero_grad()
-    # asked for by scaling a one: a scaler has no scale before it has scaled something
-    scale = scaler.scale(torch.ones((), device=parameters[0].device)).item() / (cfg.grad_accum * world)
+    row = {"step": step + 1}
     for m in range(cfg.grad_accum):
         number = (step * cfg.grad_accum + m) * world + rank
         chosen = batch_prompts(prompts, cfg, number)
-        for name, value in micro_batch(run, chosen, step, number, scale).items():
-            found.setdefault(name, []).extend(value.tolist())
+        for name, values in micro_batch(run, chosen, step, number, scale).items():
+            row[name] = row.get(name, 0.0) + values.mean().item() / cfg.grad_accum
     if world > 1:
         for p in parameters:
             dist.all_reduce(p.grad)  # a sum: the mean, as the loss is scaled by 1 / world
-    scaler.unscale_(optimizer)
+    run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
     if math.isfinite(norm):
-        scaler.step(optimizer)
-    scaler.update()
-    memory = cuda.max_memory_reserved() if cuda else psutil.Process().memory_info().rss
-    row = {"step": step + 1, "prompts": [prompt.text for prompt in chosen]}
-    row |= {name: float(np.mean(values)) for name, values in found.items()}
+        run.scaler.step(optimizer)
+    run.scaler.update()
+
+    row["prompts"] = [prompt.text for prompt in chosen]
+    memory = torch.cuda.max_memory_reserved() if on_cuda else psutil.Process().memory_info().rss
     return row | {"grad_norm": norm, "seconds": time.time() - start, "memory_gb": memory / 1e9}
 
 
 def train(cfg: Config, reward=None) -> list[dict]:
     """Fine-tune a LoRA on cfg.reward, or on your own function (frames, prompts) -> (B,); see rewards.py.
 
-    Returns the rows of metrics.jsonl. Raises BadInput, and FloatingPointError when the base model's reward or
-    ten gradients in a row are not finite. Stopped, `train(replace(cfg, resume=True))` goes on.
+    Returns the rows of metrics.jsonl. Raises BadInput, or FloatingPointError for rewards that are not finite.
     """
-    cfg, source, family = resolve(cfg, reward)
-    prompts, held_out = split_prompts(cfg, family)
-    out, (rank, world) = Path(cfg.out), ranks()
-    eval_prompts = [held_out[n % len(held_out)] for n in range(cfg.eval_videos)]
-    with open_run(cfg, prompts + held_out) as (now, state):
-        run = load_run(cfg, source, family, prompts + held_out, reward)
-        model, optimizer, step, skipped, in_a_row = run.model, make_optimizer(run), 0, 0, 0
-        scaler = torch.amp.GradScaler(model.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
-        if state:
-            step, skipped = restore_checkpoint(run, optimizer, scaler, state)
-        if world > 1:
-            dist.barrier()  # all have looked into the output folder
-        if rank == 0:
-            versions = {part.__name__: part.__version__ for part in (torch, diffusers, peft, transformers)}
-            write_atomic(out / "config.json", json.dumps(vars(cfg) | now | {"versions": versions}, indent=1))
-            rows = [to_json(row) + "\n" for row in read_metrics(out) if state and row["step"] <= step]
-            write_atomic(out / "metrics.jsonl", "".join(rows))
-            track = None
-            if cfg.tracker != "none":
-                from extras.tracker import make_tracker
+    if EXTRAS.is_dir():
+        from extras import checks
 
-                track = make_tracker(cfg)
-            leverage = {i: round(run.schedule.leverage(i), 3) for i in trained_steps(run)}
-            print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
-        evaluated = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
+        checks.check_input(cfg, reward)  # a fork without extras/ checks nothing
+    cfg = resolve(cfg, reward)
+    out = Path(cfg.out)
+    rank, world = ranks()
+    if world > 1:
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(days=365))
+        if cfg.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    prompts, held_out = split_prompts(cfg)
+    eval_prompts = (held_out * cfg.eval_videos)[: cfg.eval_videos]
+    with FileLock(out / ".lock", timeout=0) if rank == 0 else contextlib.nullcontext():
+        run = load_run(cfg, prompts + held_out, reward)
+        optimizer = make_optimizer(run)
+        step = skipped = in_a_row = 0  # updates: made, without a finite gradient, the last ones without
+        if cfg.resume:
+            from extras import resume
+
+            step, skipped = resume.restore_checkpoint(run, optimizer)
+        if rank == 0:
+            settings = run_settings(cfg, prompts + held_out)
+            write_atomic(out / "config.json", json.dumps(settings, indent=1))
+            if step == 0:
+                write_atomic(out / "metrics.jsonl", "")
+        leverage = {i: round(run.schedule.leverage(i), 3) for i in trained_steps(run)}
+        print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
+
         while True:
-            due = step not in evaluated and (step % cfg.eval_every == 0 or step == cfg.steps)
-            if rank == 0 and held_out and due:
-                found = evaluated[step] = evaluate(run, eval_prompts, f"samples/step_{step:06d}")
-                if step == 0 and not np.isfinite(found["reward"]).all():
-                    raise FloatingPointError(f"{cfg.reward} of the videos before training is not finite")
-                append_metrics(out, {"step": step, "eval": found}, track)
-                change = summary(evaluated[min(evaluated)]["reward"], found["reward"])
-                print(f"update {step}: held-out reward {change}" + f"; base: {cfg.lora}" * bool(cfg.lora))
-            if rank == 0:
-                write_page(cfg, read_metrics(out))
+            if rank == 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
+                evaluate_once(run, eval_prompts, step)
             if step == cfg.steps:
                 break
-            stop = min(cfg.steps, (step // cfg.eval_every + 1) * cfg.eval_every)
-            with tqdm(range(step, stop), initial=step, total=cfg.steps, desc="train", disable=rank) as bar:
-                for step in bar:
-                    row = update(run, prompts, step, optimizer, scaler)
-                    finite = math.isfinite(row["grad_norm"])
-                    in_a_row, skipped = (0, skipped) if finite else (in_a_row + 1, skipped + 1)
-                    if in_a_row == 10:
-                        what = "gradients" if math.isfinite(row["reward"]) else f"rewards ({cfg.reward})"
-                        what += f" in a row not finite, at update {step + 1}, prompts {row['prompts']}"
-                        way = f"mend the reward, or lower --lr, with --lora {out}/lora and another --out"
-                        raise FloatingPointError(f"ten {what}, seed {cfg.seed}: {way}")
-                    if rank == 0:
-                        append_metrics(out, row | {"skipped": skipped}, track)
-                        save_lora(model, out / "lora", cfg)
-                        save_checkpoint(run, optimizer, scaler, step=step + 1, skipped=skipped)
-                    shown = ("reward", "grad_norm", "seconds", "memory_gb")
-                    bar.set_postfix({name: f"{row[name]:.3g}" for name in shown})
-            step = stop
+            row = update(run, prompts, step, optimizer)
+            step += 1
+            finite = math.isfinite(row["grad_norm"])
+            in_a_row = 0 if finite else in_a_row + 1
+            skipped += not finite
+            if in_a_row == 10:
+                raise FloatingPointError(
+                    f"ten gradients in a row not finite, at update {step}, prompts {row['prompts']}, seed "
+                    f"{cfg.seed}: mend the reward, or lower --lr, with --lora {out}/lora and another --out"
+                )
+            if rank == 0:
+                append_metrics(cfg, row | {"skipped": skipped})
+                save_lora(run.model, out / "lora", cfg)
+                save_checkpoint(run, optimizer, step, skipped)
+            figures = f"reward {row['reward']:.3f}, {row['seconds']:.1f} s, {row['memory_gb']:.1f} GB"
+            print(f"update {step}/{cfg.steps}: {figures}")
+
         page = f"open {out}/index.html" if PAGE.exists() else "no page.html beside vader.py, so no page"
         print(f"done: {page}; the LoRA is in {out}/lora")
         if world > 1:
             dist.destroy_process_group()
-        if rank == 0 and cfg.push_to_hub:
+        if cfg.push_to_hub and rank == 0:
             from extras.hub import push
 
             push(cfg, read_metrics(out))
@@ -640,52 +650,67 @@ def write_video(path: Path, video):
 
 
 @torch.no_grad()
-def make_videos(run: Run, prompts: list[Prompt], first=0):
+def make_videos(run: Run, prompts, first=0):
     """A whole video per prompt, (B, F, 3, H, W) float32 in [0, 1]; number `first` + n has noise n."""
-    cfg, model = run.cfg, run.model
-    offload_idle(run, denoiser=True, scoring=not cfg.offload)
-    draws = [generator_for(cfg.seed, "eval", first + n) for n in range(len(prompts))]
-    noise = torch.stack([torch.randn(model.latent_shape(cfg), generator=g) for g in draws]).to(model.device)
-    latents = rollout(run, make_batch(run, prompts, noise, draws[0]))[-1]
-    offload_idle(run, denoiser=not cfg.offload, scoring=True)
-    return model.decode(latents, range(latents.shape[2]))
+    noise = []
+    for n in range(first, first + len(prompts)):
+        generator = generator_for(run.cfg.seed, "eval", n)
+        noise.append(torch.randn(run.model.latent_shape(run.cfg), generator=generator))
+    batch = make_batch(run, prompts, torch.stack(noise).to(run.model.device), generator)
+    latents = rollout(run, batch)[-1]
+    return run.model.decode(latents, range(latents.shape[2]))
 
 
 @torch.no_grad()
-def evaluate(run: Run, prompts: list[Prompt], folder: str) -> dict:
+def evaluate(run: Run, prompts, folder: str) -> dict:
     """A video per prompt into `folder` of --out, all frames scored: {"folder", "prompts", rewards' lists}."""
-    cfg, result = run.cfg, {"folder": folder, "prompts": [prompt.text for prompt in prompts]}
+    cfg = run.cfg
+    result = {"folder": folder, "prompts": [prompt.text for prompt in prompts]}
     for first in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"videos {folder}", leave=False):
-        batch = prompts[first : first + cfg.batch_size]
-        videos, texts = make_videos(run, batch, first), [prompt.text for prompt in batch]
-        found = rewards.weighted_rewards(run.terms, videos, texts, cfg.decode_chunk) if run.terms else {}
-        for name, values in found.items():
-            result.setdefault(name, []).extend(values.tolist())
-        for n, video in enumerate(videos, first):
+        chosen = prompts[first : first + cfg.batch_size]
+        videos = make_videos(run, chosen, first)
+        if run.terms:
+            texts = [prompt.text for prompt in chosen]
+            figures = rewards.weighted_rewards(run.terms, videos, texts, cfg.decode_chunk)
+            for name, values in figures.items():
+                result.setdefault(name, []).extend(values.tolist())
+        for n, video in enumerate(videos, start=first):
             write_video(Path(cfg.out) / folder / f"{n:03d}.mp4", video)
     return result
 
 
-def paired_gain(base: list[float], tuned: list[float]) -> tuple[float, float]:
+def evaluate_once(run: Run, prompts, step: int):
+    """Evaluate after `step` updates, unless metrics.jsonl has that evaluation, and write the page."""
+    cfg, out = run.cfg, Path(run.cfg.out)
+    evaluations = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
+    if prompts and step not in evaluations:
+        result = evaluations[step] = evaluate(run, prompts, f"samples/step_{step:06d}")
+        if step == 0 and not np.isfinite(result["reward"]).all():
+            raise FloatingPointError(f"{cfg.reward} of the videos before training is not finite")
+        append_metrics(cfg, {"step": step, "eval": result})
+        first = evaluations[min(evaluations)]
+        print(f"update {step}: held-out reward {summary(first['reward'], result['reward'])}")
+    write_page(cfg, read_metrics(out))
+
+
+def paired_gain(base: list, tuned: list) -> tuple[float, float]:
     """Mean of the differences between videos of the same prompt and noise, and its standard error."""
     gains = np.array(tuned, dtype=float) - np.array(base, dtype=float)  # null, in a file, is NaN
     error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
     return float(gains.mean()), float(error)
 
 
-def summary(base: list[float], tuned: list[float]) -> str:
-    (gain, error), n, (old, new) = paired_gain(base, tuned), len(base), np.array([base, tuned], float).mean(1)
-    return f"{old:.3f} -> {new:.3f} ({gain:+.3f}, standard error {error:.3f}, {n} videos, paired seeds)"
+def summary(base, tuned) -> str:
+    gain, error = paired_gain(base, tuned)
+    before, after = np.array([base, tuned], dtype=float).mean(axis=1)
+    change = f"{before:.3f} -> {after:.3f} ({gain:+.3f}, standard error {error:.3f}"
+    return f"{change}, {len(base)} videos, paired seeds)"
 
 
 def write_page(cfg: Config, rows: list[dict]):
     """index.html, which is page.html, and its data: the rows of metrics.jsonl."""
-    data = to_json({"config": vars(cfg), "rows": rows, "toy": "rewards" in find_model(cfg.model)[2]})
+    data = json.dumps({"config": vars(cfg), "rows": rows, "toy": "rewards" in find_model(cfg.model)[2]})
     write_atomic(Path(cfg.out) / "data.js", f"window.run = {data};\n")
-    folders = [Path(cfg.out) / row["eval"]["folder"] for row in rows if "eval" in row]
-    lost = [folder.name for folder in folders if not (folder / "000.mp4").exists()]
-    if lost:
-        print(f"the page has no videos of {', '.join(lost)}: they are gone")
     if PAGE.exists():
         write_atomic(Path(cfg.out) / "index.html", PAGE.read_bytes())
 
@@ -704,255 +729,159 @@ def write_atomic(path: Path, content: str | bytes):
     os.replace(temporary, path)
 
 
-def save_lora(model, folder: Path, cfg: Config | None = None):
-    """Write the LoRA for PEFT; for stock `load_lora_weights` and ComfyUI where they can; cfg: for headers."""
-    staging, config = folder.with_name(".tmp-vader-lora"), model.denoiser.peft_config["default"]
-    base = Path(model.source).name if Path(model.source).exists() else model.source
-    model.denoiser.get_base_model().register_to_config(_name_or_path=base)
-    config.base_model_name_or_path = base
-    config.target_modules = sorted(config.target_modules)  # a set, in another order in each process
-    write_atomic(staging / "README.md", f"---\ntags: [vader]\n---\nA LoRA of VADER on {base}{model.fused}.\n")
-    model.denoiser.save_pretrained(staging, save_embedding_layers=False)
-    if model.lora_pipeline:
-        from extras.lora_files import save_stock
-
-        save_stock(model, staging, cfg)
-    for file in staging.iterdir():  # whole, and as readable as others: safetensors' own are private
-        write_atomic(folder / file.name, file.read_bytes())
-    shutil.rmtree(staging)
-
-
-def to_json(value) -> str:
-    """Json, which has no NaN and no infinity: null."""
-    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), ensure_ascii=False)
-
-
 def read_metrics(out: Path) -> list[dict]:
-    """The rows of metrics.jsonl; a last line that a kill cut short is left out. Raises BadInput."""
+    """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
     path = out / "metrics.jsonl"
-    with as_bad_input(f"{path} is damaged: give another --out"):
-        *lines, _ = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        rows = sorted(map(json.loads, lines), key=lambda row: int(row["step"]))
-        for found in (row["eval"] for row in rows if "reward" in row.get("eval", {})):
-            paired_gain(found["reward"], [0.0] * len(found["prompts"]))  # raises unless a number for each
-        return rows
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines]
 
 
-def append_metrics(out: Path, row: dict, track=None):
-    """Add a row to metrics.jsonl, and give it to the function `track`, of --tracker."""
-    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:
-        file.write(to_json(row) + "\n")
-    if track:
-        track(row)
+def append_metrics(cfg: Config, row: dict):
+    """Add a row to metrics.jsonl, and log it where --tracker says. Json has no NaN and no infinity: null."""
+    finite = json.loads(json.dumps(row), parse_constant=lambda name: None)
+    with open(Path(cfg.out) / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(finite, ensure_ascii=False) + "\n")
+    if cfg.tracker != "none":
+        from extras import tracker
+
+        tracker.log(cfg, row)
 
 
-def find_checkpoint(cfg: Config, prompts: list[Prompt]) -> tuple[dict, dict | None]:
-    """What must stay when a run goes on, and its checkpoint; None before its first one. Raises BadInput."""
-    free = set("out resume steps eval_every tracker push_to_hub device prompts eval_prompts".split())
-    places = {"model", "lora", "base_lora", "reward_weights", "vlm"}  # the same by another path
-    now = {name: value for name, value in vars(cfg).items() if name not in free}
-    used = [(text, image and Path(image).is_file() and Path(image).read_bytes()) for text, image in prompts]
-    now |= {"processes": ranks()[1], "prompts used": hashlib.sha256(repr(used).encode()).hexdigest()}
-
-    out, file = Path(cfg.out), Path(cfg.out) / "checkpoint" / "state.pt"
-    found = {path.name for path in out.glob("[!.]*")}
-    run = cfg.mode == "train" and "config.json" in found
-    updates = max([row["step"] for row in read_metrics(out)], default=0) if run else 0
-    # nothing yet, or a kill during its first update, which at most had its LoRA written
-    if not found or run and updates < 2 and not file.exists() and (cfg.resume or "lora" not in found):
-        return now, None
-    require(run, f"{out} is not empty: give another --out")
-    require(cfg.resume, f"{out} holds a run: add --resume to go on with it, or give another --out")
-    then, anew = rewards.read_json(out / "config.json"), f"go on with --lora {out}/lora and another --out"
-    for name, value in now.items():
-        old = then.get(name)
-        place = name in places and isinstance(old, str) and value
-        same = old == value or place and Path(old).exists() and Path(old).resolve() == Path(value).resolve()
-        said = {"prompts used": "with other prompts", "processes": f"with {old} processes"}.get(name)
-        said = said or (f"without --{name}" if old is None else f"with --{name} {old}")
-        require(same, f"{out} was started {said}: resume it so, or give another --out")
-    with as_bad_input(f"{file} is gone or damaged: {anew}"):
-        require(zipfile.ZipFile(file).testzip() is None, f"{file} is damaged: {anew}")
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        require(
-            state["step"] <= cfg.steps, f"{out} has {state['step']} updates: give --steps as many, or more"
-        )
-        require(updates >= state["step"] >= 1, f"{out} has lost rows of its metrics.jsonl: {anew}")
-        return now, state
+def run_settings(cfg: Config, prompts: list[Prompt]) -> dict:
+    """What config.json tells of a run; but for the versions, all that must be the same when it goes on."""
+    libraries = (torch, diffusers, peft, transformers)
+    return vars(cfg) | {
+        "processes": ranks()[1],
+        "prompts_used": [[text, Path(image or "").name] for text, image in prompts],
+        "versions": {library.__name__: library.__version__ for library in libraries},
+    }
 
 
-def save_checkpoint(run: Run, optimizer, scaler, **counts):
-    """Write what `restore_checkpoint` takes back; counts: step, skipped."""
-    lora = {name: p.detach() for name, p in lora_parameters(run.model).items()}
-    state = dict(lora=lora, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-    torch.save(state | counts, file := io.BytesIO())
+def save_lora(model: VideoModel, folder: Path, cfg: Config | None = None):
+    """Write the LoRA as PEFT does; extras/ adds a card, and files for stock diffusers and ComfyUI."""
+    with tempfile.TemporaryDirectory() as name:
+        made = Path(name)
+        model.denoiser.save_pretrained(made, save_embedding_layers=False)
+        if EXTRAS.is_dir():
+            from extras import lora_files
+
+            lora_files.add_files(model, made, cfg)
+        for file in made.iterdir():  # whole, and as readable as others: safetensors' own are private
+            write_atomic(folder / file.name, file.read_bytes())
+
+
+def save_checkpoint(run: Run, optimizer, step: int, skipped: int):
+    """Write what --resume takes back, by extras/resume.py."""
+    state = {"lora": lora_parameters(run.model), "optimizer": optimizer.state_dict()}
+    state |= {"scaler": run.scaler.state_dict(), "step": step, "skipped": skipped}
+    file = io.BytesIO()
+    torch.save(state, file)
     write_atomic(Path(run.cfg.out) / "checkpoint" / "state.pt", file.getvalue())
 
 
-def restore_checkpoint(run: Run, optimizer, scaler, state: dict) -> tuple[int, int]:
-    """Load a checkpoint -> updates made, and skipped. Raises BadInput."""
-    with as_bad_input(f"{run.cfg.out}/checkpoint/state.pt is damaged: give another --out"):
-        same = state["lora"].keys() == lora_parameters(run.model).keys()
-        same = same and all(w.isfinite().all() for w in state["lora"].values())
-        require(same, f"{run.cfg.out}/checkpoint/state.pt holds no such LoRA, whole: give another --out")
-        run.model.denoiser.load_state_dict(state["lora"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        return int(state["step"]), int(state["skipped"])
-
-
-@contextlib.contextmanager
-def open_run(cfg: Config, prompts: list[Prompt]):
-    """Hold --out for this process alone -> what `find_checkpoint` found. Raises BadInput."""
-    out, found = Path(cfg.out), find_checkpoint(cfg, prompts)
-    with contextlib.ExitStack() as stack:
-        with as_bad_input(f"--out {out} is in use by another process, or can't be written: give another"):
-            out.mkdir(parents=True, exist_ok=True)
-            if ranks()[0] == 0:
-                stack.enter_context(FileLock(out / ".lock", timeout=0))
-                write_atomic(out / ".tmp-vader-room", bytes(1 << 20))
-                for left in out.glob(".tmp-vader-*"):  # by a kill
-                    shutil.rmtree(left) if left.is_dir() else left.unlink()
-        yield found
-
-
-# ---- 9. Checking the settings, loading the run -------------------------------------------------------------
-# Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
-RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
-RANGES |= dict(eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
-RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), height=(1, 4096), width=(1, 4096))
-
-# What a model_index.json may hold. What else it holds changes what is computed: named after the pipeline.
-PARTS = "_class_name _diffusers_version _name_or_path unet transformer vae scheduler tokenizer text_encoder"
-PARTS += " image_encoder feature_extractor motion_adapter safety_checker requires_safety_checker"
-
-
-def check_fields(cfg: Config):
-    """Raises BadInput for a value that its field does not allow."""
-    for name, hint in get_type_hints(Config).items():
-        value, options = getattr(cfg, name), get_args(hint) or (hint,)
-        if get_origin(hint) is Literal:
-            require(value in options, f"--{name} {value}: give one of {', '.join(options)}")
-            continue
-        require(value != "" or name == "negative_prompt", f"--{name} is empty: give a value, or leave it out")
-        kinds = (*options, int) if float in options else options
-        require(isinstance(value, kinds), f"{name} is {value!r}: give a {options[0].__name__}")
-        if type(value) in (int, float):
-            low, high = RANGES.get(name, (0 if float in options else 1, 1e9))
-            require(low <= value <= high, f"--{name} {value:g}: must be from {low:g} to {high:g}")
-
-
-def read_config(model: str, name: str) -> dict:
-    """A json file of a model that is a folder or a hub id (then it is downloaded). Raises BadInput."""
-    return rewards.read_json(rewards.fetch(model, name, "--model"))
+# ---- 9. Loading --------------------------------------------------------------------------------------------
+# SWAP: your model. Write models/mine.py, imitating models/wan.py, and add "models.mine.Class" with its names
+# for --model (keys of its `presets`) and the pipelines that it loads (`_class_name` in model_index.json).
+FAMILIES = {
+    "vader.TextToVideoUNet": ("tiny", "tiny-few", "modelscope", "zeroscope", "TextToVideoSDPipeline"),
+    "models.animatediff.AnimateDiff": ("animatediff", "AnimateDiffPipeline", "StableDiffusionPipeline"),
+    "models.anyflow.AnyFlow": ("anyflow", "AnyFlowPipeline"),
+    "models.cogvideox.CogVideoX": ("cogvideox", "cogvideox-5b", "CogVideoXPipeline"),
+    "models.ltx.LTX": ("ltx", "LTXPipeline", "LTXImageToVideoPipeline"),
+    "models.svd.StableVideoDiffusion": ("svd", "tiny-i2v", "StableVideoDiffusionPipeline"),
+    "models.wan.Wan": ("wan", "tiny-wan", "WanPipeline"),
+    "models.wan.Wan22": ("wan2.2-5b",),
+}
 
 
 @functools.cache
-def find_model(model: str) -> tuple[type, str, dict]:
+def find_model(model: str) -> tuple:
     """The class of --model, where it loads from, and its defaults. Raises BadInput."""
-    line_of, name = {name: line for line, names in FAMILIES.items() for name in names}, model
-    pipelines = [name for name in line_of if "Pipeline" in name]
-    if model in pipelines or model not in line_of:
-        near = difflib.get_close_matches(model, line_of.keys() - pipelines, n=1, cutoff=0)[0]
-        require(Path(model).exists() or "/" in model, f"unknown model {model!r}: did you mean {near!r}?")
-        index = read_config(model, "model_index.json")
-        more = [key for key in index.keys() - PARTS.split() if index[key] not in (None, False, [None, None])]
-        name = " with ".join([str(index.get("_class_name")), *sorted(more)])
-        require(name in pipelines, f"{model} is a {name}; there is code for: {', '.join(pipelines)}")
-    module, _, class_name = line_of[name].rpartition(".")
+    path_of = {}
+    for path, names in FAMILIES.items():
+        path_of |= dict.fromkeys(names, path)
+    name = model
+    if model not in path_of:
+        name = read_config(model, "model_index.json").get("_class_name")
+        require(name in path_of, f"{model} is a {name}: there is no code for that in FAMILIES")
+    module, class_name = path_of[name].rsplit(".", 1)
     family = getattr(importlib.import_module(module), class_name)
-    preset = family.presets.get(model) or next(iter(family.presets.values())) | {"source": model}
-    return family, preset["source"], preset
+    if model in family.presets:
+        preset = family.presets[model]
+        return family, preset["source"], preset
+    family = family.variant(model)
+    preset = next(iter(family.presets.values()))  # a family's first
+    return family, model, preset
 
 
-def resolve(cfg: Config, reward=None) -> tuple[Config, str, type]:
-    """Check what can be checked before a model loads -> the full config, where it loads from, its class."""
-    check_fields(cfg)
-    device = cfg.device if cfg.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    require(re.match("(cpu|cuda|mps)(:|$)", device), f"--device {device}: give cpu, cuda, cuda:1 or mps")
-    with as_bad_input(f"--device {device}: no usable one here, leave the flag out"):
-        torch.empty(0, device=device)
-    cuda = device.startswith("cuda")
-    auto = "modelscope" if cuda else "tiny-few" if (HERE / "extras").is_dir() else "tiny"
-    model = auto if cfg.model == "auto" else cfg.model
-    family, source, preset = find_model(model)
-    cfg = replace(cfg, base_lora=cfg.base_lora or preset.get("base_lora"))
-    half = "bf16" if cuda and torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    name = getattr(reward, "__name__", "custom") if reward else cfg.reward
-    label = re.sub(r"[^\w.]+", "-", f"{cfg.mode}-{name}-{Path(model).name if '/' in model else model}")
-    found = preset | dict(grad_steps=family.grad_steps, checkpointing=device != "cpu")
-    found |= dict(lora_alpha=cfg.lora_rank or preset["lora_rank"], lora_targets="to_q,to_k,to_v,to_out.0")
-    found |= dict(dtype=half if cuda else "fp32", out=f"runs/{label.removeprefix('train-').strip('-')}")
-    found["num_frames"] *= cfg.clips or 1
-    given = {name: value for name, value in vars(cfg).items() if value not in (None, "auto", "none")}
-    family.build_on_meta(source)  # raises when the checkpoint needs code that the family lacks
-    asked = given.keys() & {"lora", "base_lora", "lora_targets", "quantize", "tracker", "push_to_hub"}
-    if asked:  # --lora brings its own rank, alpha and targets
-        from extras.checks import check_flags
+def fill_in(cfg: Config, **defaults) -> Config:
+    """cfg with these values where it has None or "auto"."""
+    missing = {}
+    for name, value in defaults.items():
+        if getattr(cfg, name, value) in (None, "auto"):
+            missing[name] = value
+    return replace(cfg, **missing)
 
-        found |= check_flags(cfg, family, source, device, given)
-    found |= given | {"model": model, "device": device, "reward": name}
-    cfg = replace(cfg, **{name: found[name] for name in vars(cfg).keys() & found.keys()})
 
-    if cfg.clips:
-        from extras.clips import chain
-
-        family = chain(family, cfg)
-    K, T, frames, scored = cfg.backprop_steps, cfg.num_inference_steps, cfg.num_frames, cfg.decode_frames or 1
-    require(K <= T, f"--backprop_steps {K}: there are only {T} denoising steps, use {T} or less")
-    require(scored <= frames, f"--decode_frames {scored}: the video has only {frames} frames")
-    side, group = family.multiple, family.frame_multiple
-    require(cfg.height % side == cfg.width % side == 0, f"--height and --width must be multiples of {side}")
-    require((frames - 1) % group == 0, f"--num_frames {frames}: must be 1 more than a multiple of {group}")
-    require(
-        cfg.eta == 0 or family.stochastic, "--eta adds noise in DDIM; this model has another sampler: eta 0"
-    )
-    require(cfg.dtype != "fp16" or cuda, f"--dtype fp16 is for GPUs: on {device}, leave the flag out")
-    unguided = cfg.guidance_scale == 1 or family.images == "must"
-    require(not (unguided and cfg.negative_prompt), "--negative_prompt: there is no guidance by text here")
-    there = [name for name in rewards.REWARDS if Path(cfg.reward_weights or "", name).is_dir()]
-    require(
-        there or not cfg.reward_weights, f"--reward_weights {cfg.reward_weights}: no reward's folder there"
-    )
-    with as_bad_input(f"{source}: the scheduler's config is damaged"):
-        config = read_config(source, "scheduler/scheduler_config.json")
-        require("_class_name" in config, f"{source}: scheduler_config.json names no scheduler")
-        family(source, device, DTYPES[cfg.dtype]).schedule(cfg)  # raises for a sampler that is no line
+def resolve(cfg: Config, reward=None) -> Config:
+    """Fill in what is None or "auto": by the machine, by the LoRA in --lora, by the model's defaults."""
+    cfg = fill_in(cfg, device="cuda" if torch.cuda.is_available() else "cpu")
+    if cfg.device.startswith("cuda"):
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        cfg = fill_in(cfg, model="modelscope", dtype="bf16" if bf16 else "fp16")
+    # the LoRA that tiny-few fuses into its base takes code in extras/
+    cfg = fill_in(cfg, model="tiny-few" if EXTRAS.is_dir() else "tiny", dtype="fp32")
     if reward:
-        with as_bad_input("your reward must be a function (frames, prompts)"):
-            inspect.signature(reward).bind("frames", "prompts")
-        return cfg, source, family
-    names = {name for weight, name, _ in rewards.parse(cfg.reward) if weight}
-    require(names, f"--reward {cfg.reward}: all weights are 0, give one another")
-    require("ask" in names or not cfg.vlm, "--vlm is for the reward ask: leave it out")
-    return cfg, source, family
+        cfg = replace(cfg, reward=getattr(reward, "__name__", "custom"))
+    if cfg.lora:
+        from extras.lora import adapter_settings
+
+        cfg = fill_in(cfg, **adapter_settings(cfg.lora))
+    family, _, preset = find_model(cfg.model)
+    preset = preset | {"num_frames": preset["num_frames"] * (cfg.clips or 1)}
+    cfg = fill_in(cfg, **preset, checkpointing=cfg.device != "cpu", grad_steps=family.grad_steps)
+    name = f"{cfg.mode}-{cfg.reward}-{Path(cfg.model).name}".removeprefix("train-")
+    out = "runs/" + re.sub(r"[^\w.]+", "-", name).strip("-")
+    return fill_in(cfg, lora_alpha=cfg.lora_rank, lora_targets="to_q,to_k,to_v,to_out.0", out=out)
 
 
-def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], reward=None) -> Run:
+def make_model(cfg: Config) -> VideoModel:
+    """The model of a full config, with nothing loaded."""
+    family, source, _ = find_model(cfg.model)
+    if cfg.clips:
+        from extras import clips
+
+        family = clips.chain(family, cfg)
+    return family(source, cfg.device, DTYPES[cfg.dtype])
+
+
+def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     """Load the rewards (not in sample mode), encode the prompts, then load denoiser, LoRA and VAE."""
-    if ranks()[1] > 1 and cfg.mode == "train":
-        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(days=365))
-        if cfg.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the float32 adapters
-    terms, texts = {cfg.reward: (1.0, reward)} if reward else {}, [prompt.text for prompt in prompts]
-    dtype, toy = DTYPES[cfg.dtype], find_model(cfg.model)[2].get("rewards")
+    model = make_model(cfg)
+    texts = [prompt.text for prompt in prompts]
+    terms = {cfg.reward: (1.0, reward)} if reward else {}
     if cfg.mode != "sample" and not reward:
-        how = ([cfg.reward_weights, toy], texts, cfg.vlm, cfg.quantize)
-        terms = rewards.make_terms(cfg.reward, cfg.device, dtype, *how)
-    model = family(source, cfg.device, dtype)
-    run = Run(cfg, model, model.schedule(cfg), terms, {})
-    # a reward that can't score, or has no gradient, shows on noise, before anything large loads
-    texts, train = texts[: cfg.batch_size], cfg.mode == "train"
-    frames = sum(map(model.frames_in, pick_latent_frames(run, generator_for(0)))) if train else cfg.num_frames
-    noise = torch.rand(len(texts), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
-    rewards.weighted_rewards(terms, noise, texts, cfg.decode_chunk, 1.0 if train else None)
-    require(not train or noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")
-    offload_idle(
-        run, denoiser=False, scoring=False
-    )  # room for the text encoder, maybe the largest part of all
-    with as_bad_input(f"{source}: its tokenizer, text encoder and pipeline do not fit together"):
-        run.conds = model.encode([*dict.fromkeys(prompts), Prompt(cfg.negative_prompt)], cfg)
+        toy = find_model(cfg.model)[2].get("rewards")
+        terms = rewards.make_terms(
+            cfg.reward, cfg.device, model.dtype, [cfg.reward_weights, toy], texts, cfg.vlm, cfg.quantize
+        )
+        if toy:
+            print("rewards: those of the tiny world, a toy; not comparable with published rewards' scores")
+    scaler = torch.amp.GradScaler(model.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
+    run = Run(cfg, model, model.schedule(cfg), terms, {}, scaler)
+    if EXTRAS.is_dir():
+        from extras import checks
+
+        checks.try_rewards(run, texts[: cfg.batch_size])
+    networks = []
+    for _, term in terms.values():
+        networks += getattr(term, "networks", [])
+    for network in networks:
+        network.to("cpu")  # makes room for the text encoder, maybe the largest network of all
+    run.conds = model.encode(list(dict.fromkeys([*prompts, Prompt(cfg.negative_prompt)])), cfg)
     model.load()
     if cfg.base_lora or cfg.quantize != "none":
         from extras.base_lora import prepare
@@ -962,27 +891,31 @@ def load_run(cfg: Config, source: str, family: type, prompts: list[Prompt], rewa
         add_lora(model, cfg)
     if cfg.checkpointing:
         model.recompute()
-    if toy and terms and not reward:
-        print("rewards: those of the tiny world, a toy; not comparable with the published rewards' scores")
-    size = sum(p.numel() for p in lora_parameters(model).values()) / 1e6
-    print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {size:.2f} M LoRA weights, {cfg.reward}, {cfg.out}")
+    if cfg.offload:
+        from extras import offload
+
+        offload.install(run, networks)
+    else:
+        for network in networks:
+            network.to(cfg.device)
+    print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {cfg.reward}, {cfg.out}")
     return run
 
 
 # ---- 10. Command line --------------------------------------------------------------------------------------
-def parse_args(argv: list[str] | None = None) -> Config:
+def parse_args(argv=None) -> Config:
     """The command line as a Config: a flag per field. Raises BadInput."""
     parser = transformers.HfArgumentParser(Config, prog="vader.py", allow_abbrev=False)
     parser.error = lambda message: require(False, f"{message}; see --help")
-    cfg, unknown = parser.parse_args_into_dataclasses(argv, True, look_for_args_file=False)
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
-        flag, flags = unknown[0].split("=")[0], [f"--{name}" for name in vars(cfg)]
-        near = difflib.get_close_matches(flag, flags, n=1, cutoff=0)[0]
-        raise BadInput(f"unknown argument {flag!r}: did you mean {near!r}?")
-    return cfg
+        flag = unknown[0].split("=")[0]
+        near = difflib.get_close_matches(flag, [f"--{name}" for name in vars(args)], n=1, cutoff=0)
+        raise BadInput(f"unknown argument {flag!r}: did you mean {near[0]!r}?")
+    return Config(**vars(args))
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv=None) -> int:
     """Run the command line. The exit code is 0; after one line, 2 for bad input, 1 when it was stopped."""
     if ranks()[0]:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
@@ -998,20 +931,20 @@ def main(argv: list[str] | None = None) -> int:
 
             apply_lora(cfg)
         return 0
-    except (BadInput, OSError, ModuleNotFoundError) as error:  # as of a full disk, of models/ deleted
+    except (BadInput, OSError, ModuleNotFoundError) as error:  # OSError: a full disk, for one
+        if isinstance(error, ModuleNotFoundError) and error.name not in ("models", "extras"):
+            raise
         print(f"vader.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory, none for a CPU's
         if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
             raise
         problem = "out of memory: --offload, or a smaller --height, --width"
-    except FloatingPointError as error:
-        problem = str(error)
-    except KeyboardInterrupt:
-        problem = "the same command with --resume goes on"
+    except (FloatingPointError, KeyboardInterrupt) as error:  # the latter where another script has called it
+        problem = str(error) or "training goes on with --resume"
     print(f"vader.py: stopped: {problem}", file=sys.stderr)
     return 1
 
 
-if __name__ == "__main__" and "__file__" in globals():  # not where this file is pasted into a notebook
+if SCRIPT:
     sys.exit(main())

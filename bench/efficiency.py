@@ -95,9 +95,9 @@ def open_run(settings: dict, reward: str, seed: int):
     """A vader.Run with these settings, its optimiser, prompts to train on, held-out ones, and the judge."""
     common = dict(model="tiny", prompts=str(HERE.parent / "prompts.txt"), num_inference_steps=STEPS)
     cfg = vader.Config(reward=reward, seed=seed, **common | settings)
-    cfg, source, family = vader.resolve(cfg)
+    cfg = vader.resolve(cfg)
     prompts, held_out = vader.split_prompts(cfg)
-    run = vader.load_run(cfg, source, family, prompts + held_out)
+    run = vader.load_run(cfg, prompts + held_out)
     optimizer = vader.make_optimizer(run)
     # everybody is judged by the same deterministic sampler and the same noise
     quiet = dataclasses.replace(cfg, eta=0.0, seed=0, batch_size=4, out=str(RUNS))

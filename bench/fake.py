@@ -111,7 +111,7 @@ def without_weights(memory: LiveStorages | None = None, device="cpu"):
         finally:
             torch.set_default_dtype(before)
 
-    def load(kind, source, flag, subfolder="", dtype=None, device=None, more=""):
+    def load(kind, source, flag, subfolder="", dtype=None, device=None, more=()):
         if kind is transformers.AutoProcessor:
             return chat
         if kind is transformers.AutoModelForImageTextToText:

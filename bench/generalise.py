@@ -105,8 +105,8 @@ def train(reward: str, seed: int, name: str, prompts: list[str]) -> Path:
 def load(lora: Path, prompts: list[str], judges=JUDGES):
     """A vader.Run with a trained LoRA and these judges."""
     cfg = vader.Config(lora=str(lora), reward=judges, mode="eval", batch_size=4, **COMMON)
-    cfg, source, family = vader.resolve(cfg)
-    return vader.load_run(cfg, source, family, [vader.Prompt(text) for text in prompts])
+    cfg = vader.resolve(cfg)
+    return vader.load_run(cfg, [vader.Prompt(text) for text in prompts])
 
 
 @contextlib.contextmanager

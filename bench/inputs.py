@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_flatten  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import vader  # noqa: E402
+from extras import checks  # noqa: E402
 
 TINY, LIMIT, MEMORY = ROOT / "tiny", 60, 16 << 30  # seconds and bytes that an input may take
 SMALL = "--num_inference_steps 1 --num_frames 2 --height 32 --width 32 --steps 1 --eval_videos 1"
@@ -76,6 +77,7 @@ lora adapter_config r 0 -1 "x" 3 10000000|lora adapter_config target_modules [] 
 # Not read, or tokenizer.json, beside them, holds what they do. Changes after which all is as it was.
 UNREAD = r"merges.txt|vocab.json|README.md|\.lock|index.html|data.js|.*\.mp4|"
 HARMLESS = r"(tokenizer|preprocessor)_config.json: \{\}|t2v/tokenizer/tokenizer.json: removed|\(the same\)"
+HARMLESS += r"|lora/vader.json: (removed|\{\})"
 cells = re.compile(r"[|\n]").split
 
 
@@ -134,7 +136,7 @@ def flags(work):
     """Every flag: wrong types, values out of range, none, misspelt."""
     for name, hint in get_type_hints(vader.Config).items():
         kinds, values = get_args(hint) or (hint,), ["", "nosuch", f"/nosuch/{LONG}", f"{10**20}", "nan"]
-        low = vader.RANGES.get(name, (0 if float in kinds else 1, 0))[0]
+        low = checks.RANGES.get(name, (0 if float in kinds else 1, 0))[0]
         values += "inf -inf 1e400 1,5 0x10".split()
         if {int, float} & {*kinds}:
             values += ["1.5"] * (float not in kinds) + ["-1"] * (low >= 0) + ["0"] * (low > 0)
@@ -230,7 +232,7 @@ def runs(work):
     for at in range(100, size, size // 20):
         flip = lambda data, at=at: data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]  # noqa: E731
         todo += [(file, f"bit of byte {at}", False, flip)]
-    for what in harmed(good, run, todo, "adapter", shutil.copy2):
+    for what in harmed(good, run, todo, "adapter|vader", shutil.copy2):
         with contextlib.suppress(Exception):  # bits that the file's reader does not look at
             a, b = (tree_flatten(torch.load(at / file, weights_only=True)) for at in (good, run))
             same = all(x.equal(y) if torch.is_tensor(x) else x == y for x, y in zip(a[0], b[0], strict=True))

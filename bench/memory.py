@@ -4,9 +4,9 @@
     python bench/memory.py                                       # memory.csv: the rows that are not there yet
     python bench/memory.py --measure                             # on a CUDA GPU, its memory capped at 16 GB
 
-Takes the flags of vader.py; no weights, no GPU, and no network for what is in configs/. A whole update runs
-on networks without content: counted is what the allocator is asked for, not its rounding, nor CUDA's own, and
-the floating-point operations of matrix products, convolutions and attention, two for a multiply-add.
+Takes the flags of vader.py; no weights, no GPU, and no network for what is in bench/configs. A whole update
+runs on networks without content: counted is what the allocator is asked for, not its rounding, nor CUDA's
+own, and the floating-point operations of matrix products, convolutions and attention, two for a multiply-add.
 memory.csv: gigabytes by phase, at the models' default sizes. --measure makes the same updates with weights as
 PyTorch initialises them, and two sampling steps; the seconds of the others are added.
 """
@@ -34,7 +34,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import rewards  # noqa: E402 (needs the line above)
 import vader  # noqa: E402
+from extras import clips  # noqa: E402
 from extras.base_lora import prepare  # noqa: E402
+from extras.checks import check_settings  # noqa: E402
 
 CONFIGS, TABLE = HERE / "configs", HERE / "memory.csv"
 MODELS = ("modelscope", "zeroscope", "animatediff", "svd", "cogvideox", "cogvideox-5b", "ltx")
@@ -46,8 +48,8 @@ ROWS = [("hps", False), ("hps", True), ("aesthetic", False), ("vjepa", False), (
 MORE = ["clip", "pickscore", "remove:book", "action:archery", "camera:smooth"]
 
 
-def resolve(cfg: vader.Config) -> tuple[vader.Config, str, type, list[vader.Prompt]]:
-    """As `vader.resolve`, in bf16 (or --dtype), from configs/ where it has them; and a batch of prompts."""
+def resolve(cfg: vader.Config) -> tuple[vader.Config, list[vader.Prompt]]:
+    """`vader.resolve` in bf16 (or --dtype), from bench/configs where it has them; and a batch of prompts."""
     model = "modelscope" if cfg.model == "auto" else cfg.model
     known = dict(device="cpu", checkpointing=True, dtype="bf16" if cfg.dtype == "auto" else cfg.dtype)
     if (CONFIGS / model).is_dir():
@@ -55,9 +57,12 @@ def resolve(cfg: vader.Config) -> tuple[vader.Config, str, type, list[vader.Prom
         preset = preset | dict(num_frames=preset["num_frames"] * (cfg.clips or 1))
         known |= {name: value for name, value in preset.items() if getattr(cfg, name, "") is None}
         model = str(CONFIGS / model)
-    cfg, source, family = vader.resolve(dataclasses.replace(cfg, model=model, **known))
+    cfg = dataclasses.replace(cfg, model=model, **known)
+    check_settings(cfg)
+    cfg = vader.resolve(cfg)
+    family, _, _ = vader.find_model(model)
     image = str(HERE.parent / "tiny" / "photo-cat.jpg") if family.images == "must" else None
-    return cfg, source, family, [vader.Prompt(f"archery {n}", image) for n in range(cfg.batch_size)]
+    return cfg, [vader.Prompt(f"archery {n}", image) for n in range(cfg.batch_size)]
 
 
 def make_terms(cfg: vader.Config, device) -> dict:
@@ -79,9 +84,9 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
 
     operations: gets the update's, {"sampling", "score", "walk back": 1e12 of them}.
     """
-    cfg, source, family, prompts = resolve(cfg)
+    cfg, prompts = resolve(cfg)
     videos, T, K = cfg.grad_accum, cfg.num_inference_steps, cfg.backprop_steps
-    times = family(source, "cpu", vader.DTYPES[cfg.dtype]).schedule(cfg).t[:1]
+    times = vader.make_model(cfg).schedule(cfg).t[:1]
     cfg = dataclasses.replace(cfg, num_inference_steps=1, backprop_steps=1)
     schedule = vader.Schedule(times, [1.0], [1.0], [1.0], [0.0])  # one step is as large as any
     found, counted, idle = {}, {}, 0  # idle: bytes that wait on the host
@@ -99,7 +104,7 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         memory = stack.enter_context(LiveStorages())
         stack.enter_context(without_weights(memory))
-        model = family(source, "cpu", vader.DTYPES[cfg.dtype])
+        model = vader.make_model(cfg)
         run = vader.Run(cfg, model, schedule, make_terms(cfg, "cpu"), {})
         networks = [n for _, reward in run.terms.values() for n in getattr(reward, "networks", ())]
         phase("rewards", *networks)
@@ -131,7 +136,8 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
             g = None
             _, g = vader.score(run, batch._replace(picks=list(chosen)), latents[-1])
         phase("score", *scoring)
-        vader.walk_back(run, batch, latents, g)
+        walk_back = clips.walk_back if cfg.clips else vader.walk_back
+        walk_back(run, batch, latents, g)
         phase("walk back", *scoring)
         optimizer.step()
         phase("optimiser", *denoiser)
@@ -158,7 +164,7 @@ def measure(cfg: vader.Config, device="cuda", updates=3) -> dict:
 
     "measured peak": what was reserved, of that "allocated"; "seconds": {phase: seconds} of an update.
     """
-    full, source, family, prompts = resolve(cfg)
+    full, prompts = resolve(cfg)
     cfg = dataclasses.replace(full, device=device, num_inference_steps=2, backprop_steps=1, grad_accum=1)
     spent = {name: [] for name in ("rollout", "score", "walk_back", "update")}
 
@@ -182,15 +188,16 @@ def measure(cfg: vader.Config, device="cuda", updates=3) -> dict:
         stack.enter_context(without_weights(device=device))
         terms = make_terms(cfg, device)
         stack.enter_context(mock.patch.object(rewards, "make_terms", lambda *_: terms))
-        run = vader.load_run(cfg, source, family, prompts)
+        run = vader.load_run(cfg, prompts)
         optimizer = vader.make_optimizer(run)
         for name in spent:
             stack.enter_context(timed(name))
         for step in range(updates):
             vader.update(run, prompts, step, optimizer)
     once = {name: min(times) for name, times in spent.items()}
-    more = (full.num_inference_steps / 2 - 1) * once["rollout"]
-    more += (full.backprop_steps - 1) * once["walk_back"]
+    count = full.clips or 1  # then the fastest rollout and walk back are those of one clip
+    more = (full.num_inference_steps / 2 - 1) * count * once["rollout"]
+    more += (full.backprop_steps - 1) * count * once["walk_back"]
     found = {"seconds per update": full.grad_accum * (once["update"] + more), "seconds": once}
     if device == "cuda":
         found["measured peak"] = torch.cuda.max_memory_reserved() / 1e9

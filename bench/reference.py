@@ -65,9 +65,9 @@ def gradient(way, run, batch):
 
 def compare(cfg, steps: tuple[int, ...], pairs: int) -> list[dict]:
     """A row for each K: gradient difference, MB of both and of ours checkpointed, median ratio of seconds."""
-    cfg, source, family = vader.resolve(cfg)
+    cfg = vader.resolve(cfg)
     prompts = vader.read_prompts(cfg.prompts)[: cfg.batch_size]
-    run = vader.load_run(cfg, source, family, prompts)
+    run = vader.load_run(cfg, prompts)
     torch.manual_seed(1)
     for name, p in vader.lora_parameters(
         run.model

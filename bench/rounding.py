@@ -43,9 +43,9 @@ def wan(seed: int, size=(3, 12, 20)) -> tuple[float, float]:
 def svd(seed: int) -> dict[int, float]:
     """{decode_chunk: cosine} for two videos of images.jsonl."""
     cfg = vader.Config(model="tiny-i2v", reward="vjepa", seed=seed)
-    cfg, source, family = vader.resolve(cfg)
-    prompts = vader.read_prompts(str(HERE.parent / "tiny" / "images.jsonl"), family)[2 * seed : 2 * seed + 2]
-    run, slopes = vader.load_run(cfg, source, family, prompts), {}
+    cfg = vader.resolve(cfg)
+    prompts = vader.read_prompts(str(HERE.parent / "tiny" / "images.jsonl"))[2 * seed : 2 * seed + 2]
+    run, slopes = vader.load_run(cfg, prompts), {}
     noise = torch.randn(2, *run.model.latent_shape(cfg), generator=vader.generator_for(seed))
     batch = vader.make_batch(run, prompts, noise, None, picks=list(range(8)))
     latents = vader.rollout(run, batch)[-1]
@@ -67,9 +67,9 @@ def int8_tiny(seed: int) -> tuple[float, float]:
     found = []
     for kind in ("none", "int8"):
         cfg = vader.Config(model="tiny", dtype="bf16", seed=seed, quantize=kind)
-        cfg, source, family = vader.resolve(cfg)
+        cfg = vader.resolve(cfg)
         prompts = vader.read_prompts(str(HERE.parent / "prompts.txt"))
-        run = vader.load_run(cfg, source, family, prompts)
+        run = vader.load_run(cfg, prompts)
         vader.micro_batch(run, prompts[:2], 0, 0)
         found.append([p.grad for p in vader.lora_parameters(run.model).values()])
     return compare(found)

@@ -36,12 +36,11 @@ def timed(function, device):
 def make_pair(model: str, reward: str, steps: int, guidance: float | None, batch_size: int):
     """A function of a number: (seconds of that update, seconds of the stock pipeline making its batch)."""
     how = dict(num_inference_steps=steps, guidance_scale=guidance, batch_size=batch_size, grad_accum=1)
-    cfg, source, family = vader.resolve(vader.Config(model=model, reward=reward, **how))
+    cfg = vader.resolve(vader.Config(model=model, reward=reward, **how))
     prompts = vader.read_prompts(str(HERE.parent / "prompts.txt"))
-    run = vader.load_run(cfg, source, family, prompts)
+    run = vader.load_run(cfg, prompts)
     optimizer = vader.make_optimizer(run)
-    scaler = torch.amp.GradScaler(cfg.device, enabled=cfg.dtype == "fp16")
-    pipe = TextToVideoSDPipeline.from_pretrained(source, dtype=run.model.dtype).to(cfg.device)
+    pipe = TextToVideoSDPipeline.from_pretrained(run.model.source, dtype=run.model.dtype).to(cfg.device)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, timestep_spacing=cfg.timestep_spacing)
     pipe.set_progress_bar_config(disable=True)
     shape = run.model.latent_shape(cfg)
@@ -58,7 +57,7 @@ def make_pair(model: str, reward: str, steps: int, guidance: float | None, batch
             pipe.decode_latents(latents[:, :, frames])
 
     def pair(step):
-        ours = timed(lambda: vader.update(run, prompts, step, optimizer, scaler), cfg.device)
+        ours = timed(lambda: vader.update(run, prompts, step, optimizer), cfg.device)
         return ours, timed(lambda: stock(step), cfg.device)
 
     return pair

@@ -1,6 +1,6 @@
 """The first videos of a run as a picture, a row each: three frames of the base, three after training.
 
-python bench/strip.py runs/aesthetic-tiny bench/aesthetic.png
+python bench/strip.py runs/aesthetic-tiny-few bench/aesthetic.png
 """
 
 import sys

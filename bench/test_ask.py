@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import rewards
 import vader
+from conftest import checked
 from vader import HERE, TOY, BadInput
 
 TINY = HERE / "tiny" / "rewards" / "ask"
@@ -231,4 +232,4 @@ def test_what_can_not_be_asked_is_refused_in_one_line(tmp_path, folders, monkeyp
     )
     refused("loses the gradient: give another --vlm")
     with pytest.raises(BadInput, match="--vlm is for the reward ask"):
-        vader.resolve(vader.Config(model="tiny", vlm=str(TINY)))
+        checked(vader.Config(model="tiny", vlm=str(TINY)))

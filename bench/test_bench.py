@@ -5,12 +5,20 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 from pathlib import Path
 
+import ddpo
+import dpo
+import efficiency
+import estimators
+import fake
+import generalise
 import imageio.v3 as iio
+import memory
 import numpy as np
 import pytest
+import reference
+import strip
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
@@ -22,16 +30,6 @@ from conftest import PROMPTS, batch, gradients, load
 from vader import Config, Prompt
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE))  # behind, as it has a rewards.py too
-import ddpo  # noqa: E402 (needs the line above)
-import dpo  # noqa: E402
-import efficiency  # noqa: E402
-import estimators  # noqa: E402
-import fake  # noqa: E402
-import generalise  # noqa: E402
-import memory  # noqa: E402
-import reference  # noqa: E402
-import strip  # noqa: E402
 
 TINY, TOY = HERE.parent / "tiny" / "t2v", str(HERE.parent / "tiny" / "rewards")
 
@@ -95,7 +93,7 @@ def test_the_tables_of_unseen_prompts_are_the_measured_ones(name, keys, columns)
 
 
 def test_the_models_of_the_readme_have_their_predicted_peaks():
-    cells = cells_of(HERE.parent / "README.md")
+    cells = cells_of(HERE.parent / "models" / "README.md")
     peaks = {(row["model"], row["reward"], row["offload"]): row["peak"] for row in table("memory")}
     assert {model for model, *_ in peaks} == set(memory.MODELS)
     for model in memory.MODELS:
@@ -157,8 +155,8 @@ def test_plan_follows_every_family(name, checkpoints):
     """On small checkpoints: their weights are counted, with 2 bytes each, 4 in the LoRA."""
     cfg = Config(model=str(checkpoints(name)), reward="colorful", num_frames=9, height=64, width=64)
     found = memory.predict(cfg)
-    cfg, source, family, _ = memory.resolve(cfg)
-    model = family(source, "cpu", torch.float32)
+    cfg, _ = memory.resolve(cfg)
+    model = vader.make_model(dataclasses.replace(cfg, dtype="fp32"))
     model.load()
     vader.add_lora(model, cfg)
     parameters = [p for part in (model.denoiser, model.vae) for p in part.parameters()]
@@ -184,10 +182,9 @@ def test_plan_follows_rewards_and_offloading(reward):
 
 
 MINE = """
-from vader import find_model
-Wan, _, wan = find_model("wan")
+from models.wan import Wan
 class Mine(Wan):
-    presets = {"mine": wan | dict(source=SOURCE, num_frames=9, height=64, width=64)}
+    presets = {"mine": Wan.wan | dict(source=SOURCE, num_frames=9, height=64, width=64)}
 """
 
 
@@ -420,7 +417,7 @@ def test_stills_show_a_row_per_evaluation(tmp_path, monkeypatch):
 
 def test_a_strip_has_the_first_and_the_last_evaluation(tmp_path):
     for name, shade in (("a", 0.2), ("b", 0.5), ("c", 0.8)):
-        vader.append_metrics(tmp_path, {"step": 0, "eval": {"folder": name}})
+        vader.append_metrics(Config(out=str(tmp_path)), {"step": 0, "eval": {"folder": name}})
         for n in range(6):
             vader.write_video(tmp_path / name / f"{n:03d}.mp4", torch.full((4, 3, 16, 16), shade))
     picture = strip.strip(tmp_path) / 255

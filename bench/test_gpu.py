@@ -5,14 +5,17 @@ content, and a mix of devices raises. Autograd's engine needs a real device, so 
 """
 
 import contextlib
+import functools
 import json
 import shutil
-import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import diffusers
+import fake
 import imageio.v3 as iio
+import memory
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
@@ -20,11 +23,11 @@ from torch.utils.checkpoint import GraphExecGroup
 
 import rewards
 import vader
+from conftest import PROMPTS, gradients, load
+from extras import offload
+from vader import TOY
 
 HERE = Path(__file__).resolve().parent
-sys.path.append(str(HERE))  # behind, as it has a rewards.py too
-import fake  # noqa: E402
-import memory  # noqa: E402 (needs the line above)
 
 PHOTO = str(HERE.parent / "tiny" / "photo-cat.jpg")
 ARGS = {"remove": "book", "camera": "zoom in"}  # of rewards that must be told of what
@@ -160,10 +163,10 @@ def walk(folder, model="modelscope", dtype="bf16", image=None, own=None, **setti
     family, *_ = vader.find_model(model)
     few = dict(batch_size=2, num_inference_steps=2, num_frames=family.frame_multiple + 1)
     files = dict(reward_weights=str(memory.CONFIGS / "rewards"), out=str(folder / "run"))
-    cfg, source, family, prompts = memory.resolve(vader.Config(model=model, **few | files | settings))
+    cfg, prompts = memory.resolve(vader.Config(model=model, **few | files | settings))
     cfg.device, cfg.dtype = "cuda", dtype  # not before: without a GPU neither passes
     prompts = [prompt._replace(image=image or prompt.image) for prompt in prompts]
-    schedule, seen = family(source, "cpu", torch.float32).schedule(cfg), []  # made here, to have content
+    schedule, seen = vader.make_model(cfg).schedule(cfg), []  # made here, to have content
 
     def recorded(terms, videos, *rest, score=rewards.weighted_rewards):
         values = score(terms, videos, *rest)
@@ -171,7 +174,7 @@ def walk(folder, model="modelscope", dtype="bf16", image=None, own=None, **setti
         return values
 
     with fake_gpu(), mock.patch.object(family, "schedule", lambda *_: schedule):
-        run = vader.load_run(cfg, source, family, prompts, own)
+        run = vader.load_run(cfg, prompts, own)
         check_values(vader.micro_batch(run, prompts, 0, 0))
         check_weights(run, denoising=True, scoring=False)
         for name, p in vader.lora_parameters(run.model).items():
@@ -249,3 +252,32 @@ def test_a_faulty_family_is_found(denoise, said, tmp_path, monkeypatch):
     monkeypatch.setattr(vader.TextToVideoUNet, "denoise", denoise)
     with pytest.raises((RuntimeError, TypeError), match=said):
         walk(tmp_path)
+
+
+def test_offloading_moves_what_is_idle_and_changes_nothing(settings, monkeypatch):
+    """Where each network is in each phase, and the same gradient, by a device that only says its name."""
+    found, phases = [], []
+    for offloaded in (False, True):
+        run = load(replace(settings, reward="remove:star", reward_weights=TOY))
+        (network,), places = run.terms["remove:star"][1].networks, {}
+        for name, part in dict(denoiser=run.model.denoiser, vae=run.model.vae, reward=network).items():
+            monkeypatch.setattr(part, "to", functools.partial(places.__setitem__, name))
+        run.model.device = torch.device("cpu", 0)
+        if offloaded:
+            offload.install(run, [network])
+
+        def phase(name, real, places, *args):
+            result = real(*args)
+            phases.append((name, {part for part, place in places.items() if place != "cpu"}))
+            return result
+
+        for name in ("rollout", "score", "walk_back"):
+            real = getattr(vader, name)
+            monkeypatch.setattr(vader, name, functools.partial(phase, name, real, places))
+        vader.micro_batch(run, PROMPTS, 0, 0)
+        found.append(gradients(run))
+        monkeypatch.undo()
+    assert torch.equal(*found) and found[0].norm() > 0
+    assert phases[:3] == [("rollout", set()), ("score", set()), ("walk_back", set())]  # nothing moves
+    idle = [("rollout", {"denoiser"}), ("score", {"reward", "vae"}), ("walk_back", {"denoiser"})]
+    assert phases[3:] == idle

@@ -25,8 +25,9 @@ from PIL import Image
 
 import rewards
 import vader
-from conftest import PROMPTS, batch, command, load
+from conftest import PROMPTS, batch, checked, command, load
 from extras import images
+from extras.prompts import check_prompts
 from vader import HERE, TOY, BadInput, Config, Prompt
 
 
@@ -140,7 +141,7 @@ def test_a_flipped_bit_in_the_checkpoint_is_seen(copied):
 
 
 def now(cfg):
-    cfg, _, family = vader.resolve(cfg)
+    cfg, _, family = checked(cfg)
     return cfg, [prompt for part in vader.split_prompts(cfg, family) for prompt in part]
 
 
@@ -179,7 +180,7 @@ def test_a_disk_that_is_full_is_one_line(settings, monkeypatch, capsys):
         whole(path, content)
 
     monkeypatch.setattr(vader, "write_atomic", write)
-    for name in (".tmp-vader-room", "state.pt"):
+    for name in (".room", "state.pt"):
         full[:] = [name]
         assert vader.main(command(replace(settings, steps=1, eval_videos=0, resume=True))) == 2
         said = capsys.readouterr().err.splitlines()
@@ -226,7 +227,9 @@ def test_a_base_reward_that_is_not_finite_stops_at_once(settings):
     assert vader.read_metrics(Path(settings.out)) == []
     vader.train(replace(settings, steps=1), reward=light)  # into the same folder
     text = (Path(settings.out) / "metrics.jsonl").read_text()
-    assert "NaN" not in vader.to_json({"a": math.nan}) and "NaN" not in text
+    assert "NaN" not in text
+    vader.append_metrics(settings, {"step": 2, "a": math.nan, "b": [math.inf, 1.0]})
+    assert vader.read_metrics(Path(settings.out))[-1] == {"step": 2, "a": None, "b": [None, 1.0]}
 
 
 # ---- Stopping ----------------------------------------------------------------------------------------------
@@ -244,8 +247,7 @@ def test_ctrl_c_is_one_line_at_any_time(mode, after, tmp_path):
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said and process.returncode == 130
     last = said.splitlines()[-1]
-    goes_on = f"; go on with: {shlex.join([*words, '--resume'])}" if mode == "train" else ""
-    assert last == f"vader.py: stopped{goes_on}"
+    assert last == "vader.py: stopped; training goes on with the same command and --resume"
 
 
 @pytest.mark.slow
@@ -295,22 +297,25 @@ def test_memory_on_a_gpu_is_the_peak_of_the_update(settings, monkeypatch):
 # ---- Prompts and pictures ----------------------------------------------------------------------------------
 def test_prompts_that_stand_twice_are_held_out_wholly(tmp_path, capsys):
     (tmp_path / "dups.txt").write_text("\n".join(["a cat", "a dog"] * 20 + ["a fox"]))
-    train, held_out = vader.split_prompts(Config(prompts=str(tmp_path / "dups.txt")))
+    cfg = checked(Config(model="tiny", prompts=str(tmp_path / "dups.txt")))
+    check_prompts(cfg)
+    train, held_out = vader.split_prompts(cfg)
     assert [p.text for p in train] == ["a cat", "a dog"] and [p.text for p in held_out] == ["a fox"]
     assert "of 41 prompts some stand twice, or are held out: 2 others are left" in capsys.readouterr().out
     (tmp_path / "some.txt").write_text("a dog\n")
-    cfg = Config(prompts=str(tmp_path / "dups.txt"), eval_prompts=str(tmp_path / "some.txt"))
+    cfg = replace(cfg, eval_prompts=str(tmp_path / "some.txt"))
+    check_prompts(cfg)
     assert [p.text for p in vader.split_prompts(cfg)[0]] == ["a cat", "a fox"]
     assert "of 41 prompts some stand twice, or are held out: 2 others are left" in capsys.readouterr().out
+    assert check_prompts(replace(cfg, eval_prompts=cfg.prompts))
     assert vader.split_prompts(replace(cfg, eval_prompts=cfg.prompts))[0]
     assert "they train too, no gain is held out" in capsys.readouterr().out
 
 
-def test_prompts_behind_the_encoders_limit_are_named(settings, capsys, small):
-    run = load(settings)
+def test_prompts_behind_the_encoders_limit_are_named(settings, capsys, tmp_path):
+    (tmp_path / "long.txt").write_text("a moon\n" + "a cat " * 60 + "in a hat")
     capsys.readouterr()
-    long = Prompt("a cat " * 60 + "in a hat")
-    run.model.encode([PROMPTS[0], long], run.cfg)
+    check_prompts(checked(replace(settings, mode="sample", prompts=str(tmp_path / "long.txt"))))
     said = capsys.readouterr().out
     assert said.count("\n") == 1 and "1 prompts are cut at" in said and "a cat a cat" in said
 
@@ -350,7 +355,7 @@ def test_a_negative_prompt_is_what_guidance_leads_away_from(settings):
     assert not torch.equal(given.uncond["encoder_hidden_states"], before.uncond["encoder_hidden_states"])
     for change in (dict(guidance_scale=1.0), dict(model="tiny-i2v")):
         with pytest.raises(BadInput, match="--negative_prompt"):
-            vader.resolve(replace(settings, negative_prompt="x", num_frames=None, **change))
+            checked(replace(settings, negative_prompt="x", num_frames=None, **change))
 
 
 def test_no_evaluation_and_no_lora(settings, tmp_path, capsys):
@@ -387,13 +392,13 @@ def test_trackers_get_numbers_and_videos(name, settings, monkeypatch):
     assert steps[0]["eval/reward"] == pytest.approx(rows[0]["eval"]["reward"][0])
     with pytest.raises(BadInput, match="not installed: pip install wandb"):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        vader.resolve(replace(settings, tracker="wandb"))
+        checked(replace(settings, tracker="wandb"))
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", "tpu", "meta", "cuda:x", ""])
 def test_a_device_that_is_not_there_is_refused(device, settings):
     with pytest.raises(BadInput, match="--device"):
-        vader.resolve(replace(settings, device=device))
+        checked(replace(settings, device=device))
 
 
 def test_values_out_of_range_are_refused(settings):
@@ -404,13 +409,13 @@ def test_values_out_of_range_are_refused(settings):
         (dict(zip(["out"], [""], strict=True)), dict(lora=""), dict(lora_rank=100_000), dict(dtype="fp16")),
     ):
         with pytest.raises(BadInput) as said:
-            vader.resolve(replace(settings, **change))
+            checked(replace(settings, **change))
         assert "\n" not in str(said.value)
 
 
 def test_the_toy_rewards_are_named_toys(done, capsys):
-    cfg, source, family = vader.resolve(Config(model="tiny", reward="clip"))
-    vader.load_run(cfg, source, family, PROMPTS)
+    cfg = checked(Config(model="tiny", reward="clip"))
+    vader.load_run(cfg, PROMPTS)
     assert "a toy" in capsys.readouterr().out and cfg.reward_weights is None
     assert rewards.make_terms("clip", "cpu", torch.float32, [None, TOY])
     assert (HERE / "page.html").exists()

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 import rewards
 import vader
-from conftest import PROMPTS, load
+from conftest import PROMPTS, checked, load
 from vader import HERE, TOY, BadInput, Config
 
 http = sys.modules[hub.HTTPError.__module__]
@@ -56,6 +56,27 @@ def test_each_problem_of_the_hub_has_its_line(name, monkeypatch):
     with pytest.raises(BadInput, match=expected) as said:
         rewards.fetch("some/model", "config.json", "--model")
     assert "\n" not in str(said.value) and "some/model" in str(said.value)
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_a_fork_without_extras_gets_the_hub_s_own_exception(name, monkeypatch, tmp_path):
+    error, _ = PROBLEMS[name]
+    monkeypatch.setattr(rewards, "EXTRAS", tmp_path / "extras")
+    with pytest.raises(type(error)) as raised, rewards.asking_hub("some/model", "--model"):
+        raise error
+    assert raised.value is error
+
+
+def test_what_is_damaged_is_one_line_and_what_is_a_mistake_is_not():
+    for error in (Exception("a\nb"), OSError("z"), KeyError("x"), ValueError("y" * 999), ImportError("v")):
+        with pytest.raises(BadInput, match=f"f is damaged .{type(error).__name__}: ") as said:
+            with rewards.as_bad_input("f is damaged"):
+                raise error
+        assert "\n" not in str(said.value) and len(str(said.value)) < 200
+    for error in (NameError("x"), BadInput("y"), MemoryError(), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as raised, rewards.as_bad_input("f is damaged"):
+            raise error
+        assert raised.value is error
 
 
 def test_an_unreachable_hub_is_known_soon_and_named(monkeypatch):
@@ -123,7 +144,7 @@ def test_a_base_lora_may_be_on_the_hub(mocked_hub, tmp_path, settings):
     assert all(torch.equal(w, other[name]) for other in others for name, w in local.items())
     assert {"adapter_config.json", "adapter_model.safetensors", "the list"} <= {*mocked_hub}
     with pytest.raises(BadInput, match="--base_lora: there is no nosuch.safetensors in some/model"):
-        vader.resolve(replace(settings, base_lora="some/model/nosuch.safetensors"))
+        checked(replace(settings, base_lora="some/model/nosuch.safetensors"))
 
 
 def test_a_folder_that_holds_fp16_files_only_loads(tmp_path, settings, small):
@@ -145,7 +166,44 @@ def test_which_files_of_a_folder_are_taken():
     assert rewards.pick_files(mixed, True, half=True) == ["model.fp16.safetensors"]
     assert rewards.pick_files(shards[:1] + ["pytorch_model.bin"], True, half=False) == ["pytorch_model.bin"]
     assert rewards.pick_files(shards[:1], True, half=False) == []
+    both = [
+        "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.safetensors",
+        "adapter_model.bin",
+    ]
+    assert [rewards.pick_files(both, True, half) for half in (True, False)] == [both[:1], both[1:2]]
+    assert rewards.pick_files(both[2:], True, half=False) == []
     assert rewards.pick_files(["vocab.json"], False, half=False) == []
+    assert rewards.pick_files(["merges.txt", "vocab.json"], False, half=False) == ["merges.txt"]
+
+
+# ---- Mistakes are not bad input ----------------------------------------------------------------------------
+MISTAKES = {
+    NameError: lambda: no_such_name,  # noqa: F821
+    AttributeError: lambda: (5).no_such_name,
+    TypeError: lambda: len(5),
+    ValueError: lambda: int("five"),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_a_mistake_in_an_own_reward_keeps_its_traceback(kind, monkeypatch):
+    mistake = MISTAKES[kind]
+    monkeypatch.setitem(rewards.REWARDS, "unmade", lambda device, dtype, weights: mistake())
+    monkeypatch.setitem(rewards.REWARDS, "made", lambda device, dtype, weights: lambda *given: mistake())
+    with pytest.raises(kind) as making:
+        rewards.make_terms("colorful + unmade", "cpu", torch.float32)
+    terms = rewards.make_terms("colorful + made", "cpu", torch.float32)
+    with pytest.raises(kind) as calling:
+        rewards.weighted_rewards(terms, torch.rand(1, 2, 3, 8, 8), ["a"])
+    for error in (making, calling):
+        assert error.type is kind and error.traceback[-1].frame.code.raw is mistake.__code__
+
+
+def test_rewards_are_listed_by_their_names():
+    makes = {name for name in vars(rewards) if name.startswith("make_")} - {"make_terms"}
+    assert {f"make_{name}" for name in rewards.REWARDS} == makes
+    assert all(make.__name__ == f"make_{name}" for name, make in rewards.REWARDS.items())
 
 
 # ---- Nothing half loaded -----------------------------------------------------------------------------------
@@ -227,7 +285,7 @@ def test_a_pipeline_without_code_for_it_is_refused(change, tmp_path):
     file = tmp_path / "model" / "model_index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(BadInput, match=f"is a WanPipeline with {next(iter(change))}.*; there is code for"):
-        vader.resolve(Config(model=str(tmp_path / "model")))
+        checked(Config(model=str(tmp_path / "model")))
 
 
 @pytest.mark.parametrize("part, change", [("unet", dict(in_channels=9)), ("vae", dict(_class_name="X"))])
@@ -236,21 +294,21 @@ def test_a_network_without_code_for_it_is_refused(part, change, tmp_path):
     file = tmp_path / "model" / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(BadInput, match="there is code for|no code for"):
-        vader.resolve(Config(model=str(tmp_path / "model")))
+        checked(Config(model=str(tmp_path / "model")))
 
 
 def test_a_folder_of_rewards_may_hold_some_only(settings, tmp_path):
     shutil.copytree(Path(TOY) / "clip", tmp_path / "clip")
     cfg = replace(settings, model="tiny", reward="clip + 0.1*hps", reward_weights=str(tmp_path))
-    cfg, source, family = vader.resolve(replace(cfg, num_frames=None, steps=1))
-    run = vader.load_run(cfg, source, family, PROMPTS)
+    cfg = replace(cfg, num_frames=None, steps=1)
+    run = vader.load_run(checked(cfg), PROMPTS)
     assert set(run.terms) == {"clip", "hps"}
     with pytest.raises(BadInput, match="no reward's folder there"):
-        vader.resolve(replace(cfg, reward_weights=str(tmp_path / "clip")))
+        checked(replace(cfg, reward_weights=str(tmp_path / "clip")))
 
 
 def test_hub_ids_and_folders_take_the_native_size_of_their_family(checkpoints):
-    cfg, _, _ = vader.resolve(Config(model=str(checkpoints("svd"))))
+    cfg = checked(Config(model=str(checkpoints("svd"))))
     assert (cfg.height, cfg.width) == (576, 1024)
 
 
@@ -265,15 +323,15 @@ def test_articles_do_not_matter_to_action():
 def test_lora_flags_that_contradict_are_refused(loaded, settings, tmp_path):
     vader.save_lora(loaded.model, tmp_path / "lora")
     given = replace(settings, lora=str(tmp_path / "lora"), lora_rank=None)
-    cfg, _, _ = vader.resolve(given)
+    cfg = checked(given)
     assert (cfg.lora_rank, cfg.lora_alpha) == (4, 4) and "to_q" in cfg.lora_targets
-    vader.resolve(replace(given, lora_rank=4, lora_targets="to_out.0, to_v,to_q,to_k"))
+    checked(replace(given, lora_rank=4, lora_targets="to_out.0, to_v,to_q,to_k"))
     for change in (dict(lora_rank=8), dict(lora_alpha=2), dict(lora_targets="to_q")):
         with pytest.raises(BadInput, match=f"--{next(iter(change))} .*the LoRA in --lora has"):
-            vader.resolve(replace(given, **change))
+            checked(replace(given, **change))
     for targets in ("to_q,nosuch", "conv1", "q", ","):
         with pytest.raises(BadInput, match="--lora_targets"):
-            vader.resolve(replace(settings, lora_targets=targets))
+            checked(replace(settings, lora_targets=targets))
 
 
 def test_a_lora_to_start_from_is_the_base_of_the_gain(loaded, settings, tmp_path, capsys):
@@ -281,7 +339,7 @@ def test_a_lora_to_start_from_is_the_base_of_the_gain(loaded, settings, tmp_path
     how = replace(settings, lora=str(tmp_path / "lora"), lora_rank=None, steps=1)
     base = vader.train(replace(settings, steps=1, out=str(tmp_path / "new")))[0]["eval"]["reward"]
     rows = vader.train(how)
-    assert f"base: {how.lora}" in capsys.readouterr().out and rows[0]["eval"]["reward"] != base
+    assert f"base: {how.lora}, which" in capsys.readouterr().out and rows[0]["eval"]["reward"] != base
     held_out = vader.split_prompts(how)[1] * 2
     run = load(how, randomise=False, prompts=held_out)
     again = vader.evaluate(run, held_out, "again")["reward"]
@@ -298,7 +356,7 @@ def test_saved_files_are_readable_and_name_no_path(loaded, tmp_path):
     assert not any(str(Path(loaded.model.source).parent) in text for text in texts)
     model = loaded.model
     hub_model = types.SimpleNamespace(
-        denoiser=model.denoiser, lora_pipeline=None, fused="", source="some/model"
+        denoiser=model.denoiser, lora_pipeline=None, base_lora=None, source="some/model"
     )
     vader.save_lora(hub_model, tmp_path / "lora")
     assert json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["base_model_name_or_path"]
@@ -308,9 +366,11 @@ def test_saved_files_are_readable_and_name_no_path(loaded, tmp_path):
 def test_an_update_with_fp16_s_scale_is_the_same_update(settings):
     """The loss is scaled, from the first update on, the gradient scaled back (a CPU's scaler)."""
     made = []
-    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**12)):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
+    for used in (torch.amp.GradScaler("cpu", enabled=False), scaler):
         run = load(settings)
-        row = vader.update(run, PROMPTS, 0, vader.make_optimizer(run), scaler)
+        run.scaler = used
+        row = vader.update(run, PROMPTS, 0, vader.make_optimizer(run))
         made.append((row["grad_norm"], vader.lora_parameters(run.model)))
     (norm, plain), (scaled_norm, scaled) = made
     assert scaler.get_scale() == 2.0**12 and scaled_norm == pytest.approx(norm, rel=1e-4)

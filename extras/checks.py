@@ -1,42 +1,150 @@
-"""Flags that ask for more than vader.py holds, checked before anything loads."""
+"""The door: what is refused, in one line, before anything loads. Without extras/ nothing is checked."""
 
+import dataclasses
 import importlib.util
-import re
+import inspect
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
-from extras.base_lora import read_base
-from extras.hub import check_hub
-from extras.lora_files import check_lora, check_targets
-from rewards import require
+import torch
 
-LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}
+import rewards
+import vader
+from extras import base_lora, checkpoint, hub, lora, prompts, resume
+from rewards import BadInput, as_bad_input, require
+from vader import Config, VideoModel
+
+# Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
+RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
+RANGES |= dict(eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
+RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), height=(1, 4096), width=(1, 4096))
+
+LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}  # of --quantize
 
 
-def check_flags(cfg, family, source: str, device: str, given: dict) -> dict:
-    """Rank, alpha and targets that --lora has, as settings. given: the user's.
+def check_input(cfg: Config, reward=None):
+    """All checks. reward: a function of one's own, in place of cfg.reward. Raises BadInput."""
+    check_settings(cfg, reward)
+    cfg = vader.resolve(cfg, reward)
+    used = prompts.check_prompts(cfg)
+    resume.check_out(cfg)
+    resume.check_folder(cfg, used)
 
-    Raises BadInput unless --lora and --base_lora fit the denoiser, --lora_targets are linear layers of it,
-    what --quantize and --tracker need is installed, and the hub would take a --push_to_hub.
-    """
-    found = {}
-    if cfg.base_lora:
-        read_base(cfg.base_lora, family, family.build_on_meta(source))
-    if cfg.lora:
-        found = check_lora(cfg.lora, family.build_on_meta(source), given)
-        card, base = Path(cfg.lora) / "README.md", cfg.base_lora
-        text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-        (then,) = re.findall("after the LoRA (.*) was fused", text)[:1] or ["none"]
-        now = "none" if not base else Path(base).name if Path(base).exists() else base
-        if "VADER" in text and then != now:
-            print(f"{cfg.lora} was trained with --base_lora {then}, not {now}: see its run's config.json")
-    elif cfg.lora_targets:
-        check_targets(cfg.lora_targets, family.build_on_meta(source))
-    for flag in ("quantize", "tracker"):
-        kind = getattr(cfg, flag)
-        library = LIBRARIES.get(kind, kind)
-        ready = kind == "none" or importlib.util.find_spec(library)
-        require(ready, f"--{flag} {kind} is not installed: pip install {library}")
+
+def check_settings(cfg: Config, reward=None):
+    """What needs no file of prompts and no output folder."""
+    check_values(cfg)
+    if cfg.device != "auto":
+        check_device(cfg.device)
+    if cfg.model != "auto":
+        checkpoint.check_model(cfg.model)
+    full = vader.resolve(dataclasses.replace(cfg, lora=None), reward)
+    family, source, _ = vader.find_model(full.model)
+    checkpoint.check_networks(family, source)
+    check_loras(cfg, full, family, source)
+    cfg = vader.resolve(cfg, reward)
+    model = vader.make_model(cfg)
+    check_sizes(cfg, type(model))
+    checkpoint.check_scheduler(source)
+    model.schedule(cfg)  # refuses a sampler that is no line
+    check_libraries(cfg)
     if cfg.push_to_hub:
-        check_hub(cfg)
-    require(cfg.quantize != "nf4" or device.startswith("cuda"), "--quantize nf4 is for CUDA GPUs: take int8")
-    return found
+        hub.check_hub(cfg)
+    check_reward(cfg, reward)
+
+
+def check_values(cfg: Config):
+    """Types, choices and ranges of single settings."""
+    for name, hint in get_type_hints(Config).items():
+        value = getattr(cfg, name)
+        options = get_args(hint) or (hint,)
+        if get_origin(hint) is Literal:
+            require(value in options, f"--{name} {value}: give one of {', '.join(options)}")
+            continue
+        require(value != "" or name == "negative_prompt", f"--{name} is empty: give a value, or leave it out")
+        if float in options:
+            options += (int,)
+        require(isinstance(value, options), f"{name} is {value!r}: give a {options[0].__name__}")
+        if type(value) in (int, float):
+            low, high = RANGES.get(name, (0 if float in options else 1, 1e9))
+            require(low <= value <= high, f"--{name} {value:g}: must be from {low:g} to {high:g}")
+
+
+def check_device(device: str):
+    known = device.split(":")[0] in ("cpu", "cuda", "mps")
+    require(known, f"--device {device}: give cpu, cuda, cuda:1 or mps")
+    with as_bad_input(f"--device {device}: no usable one here, leave the flag out"):
+        torch.empty(0, device=device)
+
+
+def check_loras(cfg: Config, full: Config, family: type[VideoModel], source: str):
+    """Do --lora, --base_lora and --lora_targets fit the denoiser?"""
+    if full.base_lora:
+        base_lora.read_base(full.base_lora, family, lora.build_on_meta(family, source))
+    if cfg.lora:
+        lora.check_lora(cfg, lora.build_on_meta(family, source))
+        base_lora.warn_of_other_base(cfg.lora, full.base_lora)
+        if cfg.mode == "train":
+            print(f"base: {cfg.lora}, which training begins from, and gains are counted from")
+    elif cfg.lora_targets:
+        lora.check_targets(cfg.lora_targets, lora.build_on_meta(family, source))
+
+
+def check_sizes(cfg: Config, family: type[VideoModel]):
+    K, T, frames = cfg.backprop_steps, cfg.num_inference_steps, cfg.num_frames
+    require(K <= T, f"--backprop_steps {K}: there are only {T} denoising steps, use {T} or less")
+    scored = cfg.decode_frames or 1
+    require(scored <= frames, f"--decode_frames {scored}: the video has only {frames} frames")
+    side, group = family.multiple, family.frame_multiple
+    fits = cfg.height % side == 0 and cfg.width % side == 0
+    require(fits, f"--height and --width must be multiples of {side}")
+    require((frames - 1) % group == 0, f"--num_frames {frames}: must be 1 more than a multiple of {group}")
+    require(cfg.eta == 0 or family.stochastic, "--eta adds noise in DDIM; this model has another sampler")
+    guided = cfg.guidance_scale != 1 and family.images != "must"
+    require(guided or not cfg.negative_prompt, "--negative_prompt: there is no guidance by text here")
+
+
+def check_libraries(cfg: Config):
+    cuda = cfg.device.startswith("cuda")
+    require(cuda or cfg.dtype != "fp16", f"--dtype fp16 is for GPUs: on {cfg.device}, leave the flag out")
+    for flag in ("quantize", "tracker"):
+        choice = getattr(cfg, flag)
+        library = LIBRARIES.get(choice, choice)
+        ready = choice == "none" or importlib.util.find_spec(library)
+        require(ready, f"--{flag} {choice} is not installed: pip install {library}")
+    require(cuda or cfg.quantize != "nf4", "--quantize nf4 is for CUDA GPUs: take int8")
+
+
+def check_reward(cfg: Config, reward=None):
+    if reward:
+        try:
+            inspect.signature(reward).bind("frames", "prompts")
+        except (TypeError, ValueError):
+            raise BadInput("your reward must be a function (frames, prompts)") from None
+        return
+    names, terms = [], []
+    for weight, name, arg in rewards.parse(cfg.reward):
+        require((name, arg) not in terms, f"{name} stands twice in --reward: weigh it once")
+        require(abs(weight) <= 1e9, f"the weight of {name} in --reward: give one from -1e9 to 1e9")
+        terms.append((name, arg))
+        if weight:
+            names.append(name)
+    require(names, f"--reward {cfg.reward}: all weights are 0, give one another")
+    require("ask" in names or not cfg.vlm, "--vlm is for the reward ask: leave it out")
+    if cfg.reward_weights:
+        folders = [name for name in rewards.REWARDS if Path(cfg.reward_weights, name).is_dir()]
+        require(folders, f"--reward_weights {cfg.reward_weights}: no reward's folder there")
+
+
+def try_rewards(run: vader.Run, texts: list[str]):
+    """Score noise: a reward that can't, or has no gradient, is known before anything large loads."""
+    cfg = run.cfg
+    train = cfg.mode == "train"
+    frames, scale = cfg.num_frames, None
+    if train:
+        picks = vader.pick_latent_frames(run, vader.generator_for(0))
+        picked = [n for n in range(cfg.num_frames) if run.model.latent_frame(n) in picks]
+        frames, scale = len(picked), 1.0
+    noise = torch.rand(len(texts), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
+    rewards.weighted_rewards(run.terms, noise, texts, cfg.decode_chunk, scale)
+    require(not train or noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")

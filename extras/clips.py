@@ -1,10 +1,13 @@
-"""--clips: videos of several clips, each made from the last frame of the clip before it."""
+"""--clips: videos of several clips, each made from the last frame of the clip before it.
+
+Between clips passes a picture, without gradient: the reward's gradient in a clip trains that clip's steps. So
+a whole video is sampled and walked back clip by clip, by vader.py's own functions.
+"""
 
 from dataclasses import replace
 
 import torch
 from PIL import Image
-from torch.utils.checkpoint import checkpoint
 
 import vader
 from rewards import require
@@ -13,66 +16,111 @@ from rewards import require
 def chain(family, cfg):
     """A family's class whose videos are cfg.clips clips side by side along the frames, cfg.num_frames in all.
 
-    What a clip starts from is detached: the reward's gradient in a clip trains that clip's steps. Raises
-    BadInput unless the family makes videos from images (has `start`), and clips of that length.
+    Settings without clips are to it those of one clip. Raises BadInput unless the family makes videos from
+    images (has a method `start`), and clips of that length.
     """
-    frames, left = divmod(cfg.num_frames, cfg.clips)
-    said, group = f"--num_frames {cfg.num_frames}", family.frame_multiple
     require(hasattr(family, "start"), "--clips: this model starts from no image: svd, ltx, wan2.2-5b do")
-    require(not left, f"{said}: must be a multiple of --clips {cfg.clips}")
+    frames, left = divmod(cfg.num_frames, cfg.clips)
+    require(left == 0, f"--num_frames {cfg.num_frames}: must be a multiple of --clips {cfg.clips}")
+    group = family.frame_multiple
     fits = (frames - 1) % group == 0
-    require(fits, f"{said}: a clip has {frames}, must be 1 more than a multiple of {group}")
+    problem = f"a clip has {frames}, must be 1 more than a multiple of {group}"
+    require(fits, f"--num_frames {cfg.num_frames}: {problem}")
 
     class Chain(family):
         frame_multiple = 1  # checked above
+        rollout, walk_back = staticmethod(rollout), staticmethod(walk_back)
         length = 1 + (frames - 1) // family.frames_per_latent  # latent frames of a clip
 
         def latent_shape(self, cfg):
-            channels, _, *size = super().latent_shape(cfg)
-            return channels, self.length * (cfg.clips or 1), *size
+            if not cfg.clips:
+                return super().latent_shape(cfg)
+            channels, frames, height, width = super().latent_shape(settings_of_a_clip(cfg))
+            return channels, cfg.clips * frames, height, width
 
         def schedule(self, cfg):
-            return super().schedule(replace(cfg, clips=None))
+            return super().schedule(settings_of_a_clip(cfg))
 
-        def frames_in(self, n):
-            return super().frames_in(n % self.length)
-
-        def guidance(self, scale, frames):
-            w = super().guidance(scale, self.length)
-            return w.repeat(frames // self.length, 1, 1) if isinstance(w, torch.Tensor) else w
-
-        @torch.no_grad()
-        def rollout(self, run, batch):
-            """As vader.rollout, clip by clip; what each is told is left under "clips" in cond and uncond."""
-            parts, one = [], replace(run, cfg=replace(run.cfg, clips=None))
-            cond = {name: value for name, value in batch.cond.items() if name != "clips"}
-            batch.cond["clips"], batch.uncond["clips"] = [], []
-            for noise in batch.noise.split(self.length, dim=2):
-                if parts:
-                    vader.offload_idle(run, denoiser=not run.cfg.offload, scoring=True)
-                    last = super().decode(parts[-1][-1], range(self.length))[:, -1]
-                    pictures = (last * 255).round().byte().permute(0, 2, 3, 1).cpu()  # as a file would be
-                    told = [self.start(Image.fromarray(picture.numpy()), run.cfg) for picture in pictures]
-                    cond = cond | {name: torch.stack([row[name] for row in told]) for name in told[0]}
-                    vader.offload_idle(run, denoiser=True, scoring=not run.cfg.offload)
-                empty = run.conds[vader.Prompt(run.cfg.negative_prompt)]
-                uncond = cond | {name: batch.uncond[name] for name in empty}
-                parts.append(vader.rollout(one, batch._replace(noise=noise, cond=cond, uncond=uncond)))
-                batch.cond["clips"].append(cond)
-                batch.uncond["clips"].append(uncond)
-            return [torch.cat(clips, dim=2) for clips in zip(*parts, strict=True)]
-
-        def denoise(self, x, t, cond):
-            """One clip or all, whose graphs are made in the backward pass, one at a time."""
-            one, how = super().denoise, dict(use_reentrant=False, preserve_rng_state=False)
-            clips = zip(x.split(self.length, dim=2), cond.get("clips", [cond]), strict=True)
-            return torch.cat([checkpoint(one, part, t, told, **how) for part, told in clips], dim=2)
+        def latent_frame(self, frame):
+            clip, inside = divmod(frame, frames)
+            return clip * self.length + super().latent_frame(inside)
 
         def decode(self, latents, picks):
-            clips, parts = latents.split(self.length, dim=2), []
-            for k, clip in enumerate(clips):
-                inside = [n - k * self.length for n in picks if n // self.length == k]
-                parts += [super().decode(clip, inside)] if inside else []
+            parts = []
+            for k, clip in enumerate(latents.split(self.length, dim=2)):
+                inside = picks_in_clip(picks, k, self.length)
+                if inside:
+                    parts.append(super().decode(clip, inside))
             return torch.cat(parts, dim=1)
 
     return Chain
+
+
+def settings_of_a_clip(cfg):
+    if not cfg.clips:
+        return cfg
+    return replace(cfg, clips=None, num_frames=cfg.num_frames // cfg.clips)
+
+
+def picks_in_clip(picks, k: int, length: int) -> list[int]:
+    """Those of the whole video's latent frames that are in clip k, counted from its first one."""
+    return [n - k * length for n in picks if n // length == k]
+
+
+@torch.no_grad()
+def rollout(run, batch):
+    """As `vader.rollout`, clip by clip -> T + 1 latents of the whole video, (B, C, F, H, W) float32.
+
+    Fills batch.clips with a Batch for each clip: its noise, its picks, and what `denoise` is given for it.
+    """
+    one = replace(run, cfg=settings_of_a_clip(run.cfg))
+    length = run.model.length
+    empty_prompt = run.conds[vader.Prompt(run.cfg.negative_prompt)]
+    cond = batch.cond
+    by_clip = []
+    batch.clips.clear()
+    for k, noise in enumerate(batch.noise.split(length, dim=2)):
+        if k > 0:
+            cond = cond | start_from_last_frame(run, by_clip[-1][-1])
+        # an image, which the empty prompt may not have, is given to both guidance branches
+        uncond = dict(cond)
+        for name in empty_prompt:
+            uncond[name] = batch.uncond[name]
+        picks = picks_in_clip(batch.picks, k, length)
+        clip = batch._replace(noise=noise, cond=cond, uncond=uncond, picks=picks, clips=[])
+        batch.clips.append(clip)
+        by_clip.append(vader.rollout(one, clip))
+    whole = []
+    for parts in zip(*by_clip, strict=True):  # of the same step
+        whole.append(torch.cat(parts, dim=2))
+    return whole
+
+
+def start_from_last_frame(run, latents) -> dict:
+    """What `denoise` is given for the clip after the one with these clean latents, {name: (B, ...)}."""
+    cfg, model = run.cfg, run.model
+    frames = model.decode(latents, range(model.length))[:, -1]  # (B, 3, H, W)
+    # in 8 bits, as it would be read from a file
+    pixels = (frames * 255).round().byte().permute(0, 2, 3, 1).cpu()
+    starts = []
+    for picture in pixels:
+        starts.append(model.start(Image.fromarray(picture.numpy()), cfg))
+    cond = {}
+    for name in starts[0]:
+        cond[name] = torch.stack([start[name] for start in starts])
+    return cond
+
+
+def walk_back(run, batch, latents, g):
+    """Backward of `rollout`: `vader.walk_back` for each clip alone, but for those that were not scored.
+
+    latents: T + 1, (B, C, F, H, W) of the whole video; g: d loss / d latents[-1], 0 in clips without picks.
+    """
+    one = replace(run, cfg=settings_of_a_clip(run.cfg))
+    length = run.model.length
+    for k, clip in enumerate(batch.clips):
+        if clip.picks:
+            latents_of_clip = []
+            for x in latents:
+                latents_of_clip.append(x.narrow(2, k * length, length))
+            vader.walk_back(one, clip, latents_of_clip, g.narrow(2, k * length, length))

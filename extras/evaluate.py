@@ -3,39 +3,47 @@
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 
-from vader import (
-    append_metrics,
-    evaluate,
-    load_run,
-    open_run,
-    ranks,
-    read_prompts,
-    resolve,
-    summary,
-    write_page,
-)
+import vader
+from extras import checks
 
 
 def apply_lora(cfg):
-    """Sample: a video per prompt, in the folder tuned, or base without --lora. Eval: both, and scores."""
-    if ranks()[0]:  # the first of several processes does it all
+    """Sample: a video per prompt, in the folder tuned, or base without --lora. Eval: both, and scores.
+
+    Raises BadInput; and FloatingPointError when a score is not finite.
+    """
+    if vader.ranks()[0]:  # the first of several processes does it all
         return
-    cfg, source, family = resolve(cfg)
-    prompts, rows = read_prompts(cfg.prompts, family), []
-    with open_run(cfg, []):
-        run = load_run(cfg, source, family, prompts)
+    checks.check_input(cfg)
+    cfg = vader.resolve(cfg)
+    prompts = vader.read_prompts(cfg.prompts)
+    with FileLock(Path(cfg.out) / ".lock", timeout=0):
+        run = vader.load_run(cfg, prompts)
+        evaluations = []
         if cfg.lora and cfg.mode == "eval":
             with run.model.denoiser.disable_adapter():
-                rows = [{"step": 0, "eval": evaluate(run, prompts, "base")}]
-        rows += [{"step": len(rows), "eval": evaluate(run, prompts, "tuned" if cfg.lora else "base")}]
-        for row in rows:
-            append_metrics(Path(cfg.out), row)
-        write_page(cfg, rows)
-        first, last = rows[0]["eval"], rows[-1]["eval"]
-        for name in [*first][2:]:  # all but the folder and the prompts
-            mean = f"{np.mean(first[name]):.3f}, {len(first[name])} videos of the base model"
-            print(f"{name}: {summary(first[name], last[name]) if cfg.lora else mean}")
-            if not np.isfinite([first[name], last[name]]).all():
-                raise FloatingPointError(f"{name} is not finite: mend the reward, or take another LoRA")
-        print(f"done: {len(prompts)} videos in {cfg.out}/{last['folder']}")
+                evaluations.append(vader.evaluate(run, prompts, "base"))
+        folder = "tuned" if cfg.lora else "base"
+        evaluations.append(vader.evaluate(run, prompts, folder))
+        for step, evaluation in enumerate(evaluations):
+            vader.append_metrics(cfg, {"step": step, "eval": evaluation})
+        vader.write_page(cfg, vader.read_metrics(Path(cfg.out)))
+        print_scores(cfg, evaluations[0], evaluations[-1])
+        print(f"done: {len(prompts)} videos in {cfg.out}/{folder}")
+
+
+def print_scores(cfg, first: dict, last: dict):
+    """Print each reward's mean over the videos. Raises FloatingPointError when it is not finite."""
+    for name in first:
+        if name in ("folder", "prompts"):
+            continue
+        if cfg.lora:
+            print(f"{name}: {vader.summary(first[name], last[name])}")
+        else:
+            mean = np.mean(first[name])
+            print(f"{name}: {mean:.3f}, {len(first[name])} videos of the base model")
+        is_finite = np.isfinite([first[name], last[name]]).all()
+        if not is_finite:
+            raise FloatingPointError(f"{name} is not finite: mend the reward, or take another LoRA")

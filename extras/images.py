@@ -1,27 +1,38 @@
-"""Pictures that videos start from, flows that start from one, and .jsonl files of prompts that name them."""
-
-import json
-from pathlib import Path
+"""Pictures that videos start from, and flows whose video may start from one."""
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 import rewards
-from rewards import as_bad_input, require
-from vader import Prompt
+from rewards import as_bad_input
 
 
+# ---- Pictures ----------------------------------------------------------------------------------------------
 def open_image(path: str) -> Image.Image:
     """A picture file, upright, as RGB of 8 bits; what is transparent shows white. Raises BadInput."""
-    with as_bad_input(f"can't read the image {path}"):
+    problem = f"can't read the image {path}"
+    with as_bad_input(problem):
         picture = ImageOps.exif_transpose(Image.open(path))
-        if picture.mode[0] in "IF":  # of 16 bits, or of floats: from 0 to 1, else to the largest
-            values = np.nan_to_num(np.asarray(picture, dtype=np.float32))
-            top = 65535 if picture.mode[0] == "I" else max(1, values.max())
-            picture = Image.fromarray((255 * (values / top).clip(0, 1)).round().astype(np.uint8))
+        picture.load()
+    if picture.mode[0] in "IF":
+        picture = to_eight_bits(picture)
+    with as_bad_input(problem):  # not every kind of colours can be converted
         picture = picture.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    white = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(white, picture).convert("RGB")
+
+
+def to_eight_bits(picture: Image.Image) -> Image.Image:
+    """A picture of whole numbers (16 bits), or of floats: from 0 to 1, or to the largest if that is more."""
+    values = np.asarray(picture, dtype=np.float32)
+    values = np.nan_to_num(values)
+    top = 65535
+    if picture.mode[0] == "F":
+        top = max(1, values.max())
+    shades = (values / top).clip(0, 1)
+    levels = (255 * shades).round()
+    return Image.fromarray(levels.astype(np.uint8))
 
 
 def read_image(path: str, height: int, width: int):
@@ -32,62 +43,52 @@ def read_image(path: str, height: int, width: int):
 def to_tensor(picture: Image.Image, height: int, width: int):
     """A picture, resized, as (3, H, W) float32 in [0, 1]."""
     picture = picture.resize((width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255
+    pixels = torch.from_numpy(np.array(picture))  # (H, W, 3) uint8
+    return pixels.permute(2, 0, 1) / 255
 
 
+# ---- Videos that start from one ----------------------------------------------------------------------------
 class FromImage:
     """For a flow whose video may start from an image: its latent is the first, at time 0, and stays.
 
-    A family gives `flow(x, times, cond)`, the denoiser's f, times: (1, 1, 1), or (F, 1, 1) where the image's
-    is 0; and `statistics()`, mean and standard deviation of the latents, (C, 1, 1, 1) each.
+    A family gives two methods. `flow(x, times, cond)` is the denoiser's f; times: (1, 1, 1), or (F, 1, 1)
+    where the image's is 0. `statistics()` is mean and standard deviation of the latents, (C, 1, 1, 1) each.
     """
 
     images = "may"
 
     @torch.no_grad()
     def encode(self, prompts, cfg):
-        conds, starts = super().encode(prompts, cfg), [prompt for prompt in prompts if prompt.image]
-        if starts:
-            self.vae = rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype).to(self.device)
-        for prompt in starts:
+        """As in vader.py, and for prompts with an image what `start` gives. Raises BadInput."""
+        conds = super().encode(prompts, cfg)
+        for prompt in prompts:
+            if not prompt.image:
+                continue
+            if self.vae is None:
+                vae = rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype)
+                self.vae = vae.to(self.device)
             conds[prompt] |= self.start(open_image(prompt.image), cfg)
         return conds
 
     def start(self, picture, cfg):
         """What `denoise` is told of the picture that a video starts from, without batch dimension."""
-        pixels, (mean, std) = to_tensor(picture, cfg.height, cfg.width)[None, :, None], self.statistics()
-        latents = self.vae.encode((pixels * 2 - 1).to(self.device, self.dtype)).latent_dist.mode()[0]
-        return {"image": (latents.float() - mean) / std}  # (C, 1, H, W)
+        pixels = to_tensor(picture, cfg.height, cfg.width) * 2 - 1
+        pixels = pixels[None, :, None].to(self.device, self.dtype)  # (1, 3, 1, H, W)
+        mean, std = self.statistics()
+        latents = self.vae.encode(pixels).latent_dist.mode()[0]
+        return {"image": (latents.float() - mean) / std}  # (C, 1, H / scale, W / scale)
 
     def denoise(self, x, t, cond):
+        """As in vader.py. With an image, f of the first latent frame leads straight to the image's latent."""
         t = t.to(x.device).view(1, 1, 1)
-        text = {name: value for name, value in cond.items() if name != "image"}
         if "image" not in cond:
-            return self.flow(x, t, text)
-        times = t * (torch.arange(x.shape[2], device=x.device) > 0)[:, None, None]
-        f = self.flow(torch.cat([cond["image"], x[:, :, 1:]], dim=2), times, text)
-        to_image = (x[:, :, :1] - cond["image"]) * 1000 / t  # straight to it
+            return self.flow(x, t, cond)
+        text = dict(cond)
+        image = text.pop("image")  # (B, C, 1, H, W)
+        is_video = torch.arange(x.shape[2], device=x.device) > 0
+        times = t * is_video[:, None, None]  # (F, 1, 1), the image's is 0
+        start = torch.cat([image, x[:, :, 1:]], dim=2)
+        f = self.flow(start, times, text)
+        # a flow's time is 1000 sigma, and x = image + sigma f
+        to_image = (x[:, :, :1] - image) * 1000 / t
         return torch.cat([to_image, f[:, :, 1:]], dim=2)
-
-
-def read_rows(path: str, lines: dict[int, str], family) -> list[Prompt]:
-    """The prompts of a file of {"prompt": ..., "image": ...} lines; either may be left out. Raises BadInput.
-
-    lines: by their number in the file. Image paths are relative to it. family: of the model, or None.
-    """
-    prompts = []
-    for number, line in lines.items():
-        wanted = f'{path}, line {number}: write {{"prompt": "...", "image": "file.png"}}'
-        with as_bad_input(wanted):
-            row = json.loads(line)
-            text, image = row.pop("prompt", "").strip(), row.pop("image", None) or None
-            require(not row and (text.encode() or image) and isinstance(image, str | None), wanted)
-        if image:
-            image = str(Path(path).parent / image)
-            require(Path(image).is_file(), f"{path}, line {number}: can't read the image {image}: no file")
-            if family and family.images != "no":
-                open_image(image)
-        prompts.append(Prompt(text, image))
-    if family and family.images == "no" and any(prompt.image for prompt in prompts):
-        print(f"{path}: this model makes no video from an image, the images are left out")
-    return prompts

@@ -7,32 +7,66 @@ import imageio.v3 as iio
 import numpy as np
 import torch
 
+TRACKERS = {}  # of runs that this process has logged
+
+
+def log(cfg, row: dict):
+    """Log a row of metrics.jsonl where cfg.tracker says."""
+    run = (cfg.tracker, cfg.out)
+    if run not in TRACKERS:
+        TRACKERS[run] = make_tracker(cfg)
+    TRACKERS[run](row)
+
 
 def make_tracker(cfg):
     """A function of a row of metrics.jsonl, which logs it where cfg.tracker says.
 
     Numbers keep their names, an evaluation's means get `eval/` before them, its videos are named by number.
     """
-    name, out = cfg.tracker, cfg.out
-    if name == "tensorboard":
-        board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(out)
-    else:  # these two have the same calls
-        library = importlib.import_module(name)
-        board = library.init(project="vader", name=Path(out).name, config=vars(cfg))
+    if cfg.tracker == "tensorboard":
+        return make_tensorboard(cfg)
+    library = importlib.import_module(cfg.tracker)  # wandb and trackio have the same calls
+    board = library.init(project="vader", name=Path(cfg.out).name, config=vars(cfg))
 
     def log(row):
-        columns, step = row.get("eval", {}), row["step"]
-        found = {key: value for key, value in row.items() if isinstance(value, float)}
-        found |= {f"eval/{key}": np.mean(v) for key, v in columns.items() if isinstance(v[0], float)}
-        films = sorted((Path(out) / columns["folder"]).glob("*.mp4")) if columns else []
-        if name != "tensorboard":
-            board.log(found | {f"eval/{film.stem}": library.Video(str(film)) for film in films}, step=step)
-            return
-        for key, value in found.items():
-            board.add_scalar(key, value, step)
-        for film in films:
-            frames = torch.from_numpy(iio.imread(film, plugin="FFMPEG")).permute(0, 3, 1, 2)[None]
-            board.add_video(f"eval/{film.stem}", frames, step, fps=8)
+        values = numbers_of(row)
+        for name, file in videos_of(row, cfg.out).items():
+            values[name] = library.Video(str(file))
+        board.log(values, step=row["step"])
+
+    return log
+
+
+def make_tensorboard(cfg):
+    board = importlib.import_module("torch.utils.tensorboard").SummaryWriter(cfg.out)
+
+    def log(row):
+        for name, value in numbers_of(row).items():
+            board.add_scalar(name, value, row["step"])
+        for name, file in videos_of(row, cfg.out).items():
+            frames = torch.from_numpy(iio.imread(file, plugin="FFMPEG"))  # (F, H, W, 3) uint8
+            board.add_video(name, frames.permute(0, 3, 1, 2)[None], row["step"], fps=8)
         board.flush()
 
     return log
+
+
+def numbers_of(row: dict) -> dict[str, float]:
+    """What a row of metrics.jsonl holds that can be drawn as a curve."""
+    numbers = {}
+    for name, value in row.items():
+        if isinstance(value, float):
+            numbers[name] = value
+    for name, values in row.get("eval", {}).items():
+        if isinstance(values[0], float):
+            numbers[f"eval/{name}"] = np.mean(values)
+    return numbers
+
+
+def videos_of(row: dict, out: str) -> dict[str, Path]:
+    """The files of an evaluation's videos, by the names that they are logged under."""
+    videos = {}
+    if "eval" in row:
+        for file in sorted(Path(out, row["eval"]["folder"]).glob("*.mp4")):
+            videos[f"eval/{file.stem}"] = file
+    return videos

@@ -1,1 +1,1 @@
-"""One model family a file; the class that all inherit from is `TextToVideoUNet` in vader.py."""
+"""One model family a file; the class that all inherit from is `VideoModel` in vader.py."""

@@ -1,9 +1,12 @@
 """AnimateDiff (Guo et al. 2023): Stable Diffusion 1.5 with a motion adapter, in one folder or two."""
 
+import functools
+
 import diffusers
 import torch
 
 import rewards
+from rewards import as_bad_input
 from vader import PUBLISHED, TextToVideoUNet, read_config, tabulate
 
 
@@ -15,19 +18,22 @@ class AnimateDiff(TextToVideoUNet):
 
     lora_pipeline = diffusers.AnimateDiffPipeline
     denoiser_class = diffusers.UNetMotionModel
+    also_loads = ("UNet2DConditionModel",)  # and a motion adapter from elsewhere
     checkpointed = ("ResnetBlock2D", "Transformer2DModel", "AnimateDiffTransformer3D")
 
     @classmethod
     def in_one(cls, source) -> bool:
         """Is the motion adapter in the U-Net already?"""
-        return read_config(source, "unet/config.json")["_class_name"] == "UNetMotionModel"
+        return read_config(source, "unet/config.json").get("_class_name") == "UNetMotionModel"
 
     @classmethod
     def build_on_meta(cls, source):
-        if cls.in_one(source):
-            return super().build_on_meta(source)
-        with torch.device("meta"):
-            unet = diffusers.UNet2DConditionModel.from_config(read_config(source, "unet/config.json"))
+        """The denoiser without its weights."""
+        config = read_config(source, "unet/config.json")
+        with torch.device("meta"), as_bad_input(f"--model: {source}: a config.json is damaged"):
+            if cls.in_one(source):
+                return diffusers.UNetMotionModel.from_config(config)
+            unet = diffusers.UNet2DConditionModel.from_config(config)
             adapter = diffusers.MotionAdapter.from_config(read_config(cls.motion, "config.json"))
             return diffusers.UNetMotionModel.from_unet2d(unet, adapter, load_weights=False)
 
@@ -41,9 +47,9 @@ class AnimateDiff(TextToVideoUNet):
 
     def load(self):
         if not self.in_one(self.source):
-            how = dict(flag="--model", dtype=self.dtype)
-            unet = rewards.load(diffusers.UNet2DConditionModel, self.source, subfolder="unet", **how)
-            adapter = rewards.load(diffusers.MotionAdapter, self.motion, **how)
+            load = functools.partial(rewards.load, flag="--model", dtype=self.dtype)
+            unet = load(diffusers.UNet2DConditionModel, self.source, subfolder="unet")
+            adapter = load(diffusers.MotionAdapter, self.motion)
             self.denoiser = diffusers.UNetMotionModel.from_unet2d(unet, adapter).to(self.dtype)
         super().load()
 

@@ -25,5 +25,6 @@ class AnyFlow(Wan):
 
     def denoise(self, x, t, cond):
         t, r = t.to(self.device)[:, None, None].expand(2, len(x), x.shape[2])
-        given, frames = dict(timestep=t, r_timestep=r, **cond), x.transpose(1, 2).to(self.dtype)
-        return self.denoiser(frames, **given, return_dict=False)[0].transpose(1, 2).float()
+        frames = x.transpose(1, 2).to(self.dtype)
+        f = self.denoiser(frames, timestep=t, r_timestep=r, **cond, return_dict=False)[0]
+        return f.transpose(1, 2).float()

@@ -9,10 +9,10 @@ from torch.utils.checkpoint import checkpoint
 
 from extras.images import FromImage
 from rewards import require
-from vader import HERE, PUBLISHED, TINY, TextToVideoUNet, read_config, straight_through_clamp, tabulate
+from vader import HERE, PUBLISHED, TINY, VideoModel, read_config, straight_through_clamp, tabulate
 
 
-class Wan(TextToVideoUNet):
+class Wan(VideoModel):
     wan = dict(source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", num_frames=33, height=320, width=576)
     wan |= PUBLISHED | dict(num_inference_steps=20, guidance_scale=5.0, lr=1e-4)
     wan |= dict(steps=100, eval_every=25, grad_accum=2)  # hours on a small card, not days
@@ -20,13 +20,14 @@ class Wan(TextToVideoUNet):
     presets = {"wan": wan, "tiny-wan": tiny}
 
     text_pipeline = lora_pipeline = diffusers.WanPipeline
-    denoiser_class, folder = diffusers.WanTransformer3DModel, "transformer"
+    denoiser_class = diffusers.WanTransformer3DModel
     vae_class = diffusers.AutoencoderKLWan
     checkpointed = ("WanTransformerBlock",)
     vae_checkpointed = ()  # its blocks keep a cache: see `recompute`
     multiple, frame_multiple = 16, 4
     scale, frames_per_latent = 8, 4
-    stochastic, max_tokens = False, 512
+    max_tokens = 512
+    index_settings = ("expand_timesteps",)
     # parts of layers' names in the original checkpoint, which ComfyUI reads
     comfy_names = {"attn1": "self_attn", "attn2": "cross_attn", "to_out.0": "o"}
     comfy_names |= {"to_q": "q", "to_k": "k", "to_v": "v", "proj_out": "head.head"}
@@ -49,15 +50,15 @@ class Wan(TextToVideoUNet):
         return shift
 
     @classmethod
-    def build_on_meta(cls, source):
-        vae = read_config(source, "vae/config.json")
-        same = vae.get("scale_factor_spatial", 8) == cls.scale
-        require(same, f"{source}: no code for a VAE of another scale than {cls.scale}")
-        return super().build_on_meta(source)
+    def variant(cls, source):
+        if read_config(source, "model_index.json").get("expand_timesteps"):
+            return Wan22
+        return cls
 
     def encode_text(self, pipe, text):
-        how = dict(do_classifier_free_guidance=False, max_sequence_length=self.max_tokens, device=self.device)
-        return {"encoder_hidden_states": pipe.encode_prompt(text, **how)[0][0]}
+        kwargs = dict(max_sequence_length=self.max_tokens, device=self.device)
+        embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, **kwargs)
+        return {"encoder_hidden_states": embeds[0]}
 
     def statistics(self):
         """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1) each."""

@@ -34,6 +34,7 @@ import functools
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 import torch
 from diffusers import AutoencoderKLWan, TextToVideoSDPipeline
@@ -229,8 +230,7 @@ def measure_few(out: Path, samples: int, seed: int):
     ways = {"ten guided": {}, "four": few, "four, few": few | dict(base_lora=str(out / "few"))}
     for name, how in ways.items():
         cfg = vader.Config(model="tiny", reward="hps + clip", seed=seed, batch_size=8, mode="eval", **how)
-        cfg, _, family = vader.resolve(cfg)
-        run = vader.load_run(cfg, str(out / "t2v"), family, prompts)
+        run = load_run(vader.resolve(cfg), out / "t2v", prompts)
         values, videos, start = {}, [], time.time()
         for first in trange(0, samples, 8, desc=name):
             batch = prompts[first : first + 8]
@@ -245,9 +245,15 @@ def measure_few(out: Path, samples: int, seed: int):
             print(f"  {term}: {vader.summary(found['ten guided'][term], values[term])}")
 
 
+def load_run(cfg, folder: Path, prompts):
+    """A vader.Run of the model in a folder, with all other settings those of cfg.model."""
+    family, _, preset = vader.find_model(cfg.model)
+    with mock.patch.object(vader, "find_model", lambda name: (family, str(folder), preset)):
+        return vader.load_run(cfg, prompts)
+
+
 def sampled(model: str, folder: Path, prompts):
     """A video per prompt by vader.py's own sampling, as the preset says: (n, F, 3, 64, 64)."""
-    cfg, _, family = vader.resolve(vader.Config(model=model, reward="colorful"))
-    run = vader.load_run(cfg, str(folder), family, prompts)
+    run = load_run(vader.resolve(vader.Config(model=model, reward="colorful")), folder, prompts)
     parts = [vader.make_videos(run, prompts[i : i + 8], i) for i in trange(0, len(prompts), 8, desc=model)]
     return torch.cat(parts)

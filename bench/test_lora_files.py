@@ -19,12 +19,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from test_models import our_frames, stock_frames, stock_pipeline
 
 import vader
-from conftest import batch, command, load, python
+from conftest import batch, checked, command, load, python
 from extras.hub import write_repository
 from extras.lora_files import comfy_state
-from models.test_models import our_frames, stock_frames, stock_pipeline
 from vader import BadInput
 
 # Linear layers by their names in the original checkpoints, which ComfyUI's LoRA loader takes after
@@ -125,6 +125,18 @@ def test_base_lora_takes_comfyui_s_file(kind, cfg, with_alpha, tmp_path):
         )
 
 
+def test_an_alpha_that_is_no_number_is_one_line(kind, cfg, tmp_path):
+    cfg = replace(cfg, lora_targets="to_q")
+    vader.save_lora(load(cfg).model, tmp_path / "lora")
+    state = load_file(tmp_path / "lora" / "comfyui.safetensors")
+    layers = {key.rsplit(".lora_", 1)[0] for key in state}
+    for alpha in (torch.tensor(torch.nan), torch.ones(2)):
+        alphas = {f"{name}.alpha": alpha.clone() for name in layers}
+        save_file(state | alphas, tmp_path / "odd.safetensors")
+        with pytest.raises(BadInput, match="alpha is no number|made for another model|no code for"):
+            checked(replace(cfg, base_lora=str(tmp_path / "odd.safetensors")))
+
+
 def test_only_models_that_comfyui_runs_have_its_file(settings, checkpoints, tmp_path):
     run = load(replace(settings, model=str(checkpoints("cogvideox")), num_frames=9))
     vader.save_lora(run.model, tmp_path / "lora", run.cfg)
@@ -193,7 +205,7 @@ def test_a_run_is_pushed_once_with_a_card(hub, settings, checkpoints, tmp_path, 
     how = dict(num_frames=5, height=32, width=32, steps=2, eval_every=1, lora_targets="to_q")
     cfg = replace(settings, model=str(checkpoints("wan")), push_to_hub="me/bright", **how)
     rows = vader.train(cfg)
-    folder, names = Path(cfg.out) / "hub", ["adapter_config.json", "README.md", "strip.png"]
+    folder, names = Path(cfg.out) / "hub", ["adapter_config.json", "vader.json", "README.md", "strip.png"]
     names += [f"{n}.safetensors" for n in ("adapter_model", "pytorch_lora_weights", "comfyui")]
     names += [f"videos/{n:03d}-{which}.mp4" for n in (0, 1) for which in ("base", "tuned")]
     assert hub.created == [dict(repo_id="me/bright", exist_ok=True)] and hub.pushed == [
@@ -220,7 +232,7 @@ def test_a_run_is_pushed_once_with_a_card(hub, settings, checkpoints, tmp_path, 
     assert not any(word in text for text in texts for word in (str(tmp_path), cfg.model, cfg.prompts))
     # of a model on the hub, and where videos are gone
     shutil.rmtree(Path(cfg.out) / "samples" / "step_000000")
-    write_repository(replace(vader.resolve(cfg)[0], model="wan"), rows)
+    write_repository(replace(checked(cfg), model="wan"), rows)
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     assert card.data.base_model == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" and "--model wan " in card.text
     assert "strip.png" not in card.text and not (folder / "videos").exists() and "->" in card.text
@@ -255,7 +267,7 @@ def test_the_first_process_alone_pushes(hub, settings, monkeypatch):
 def test_what_can_not_be_pushed_is_one_line_before_a_model_loads(hub, settings, monkeypatch):
     def refused(message, **how):
         with pytest.raises(BadInput, match=message) as problem:
-            vader.resolve(replace(settings, **dict(push_to_hub="me/bright") | how))
+            checked(replace(settings, **dict(push_to_hub="me/bright") | how))
         assert "\n" not in str(problem.value) and "--push_to_hub" in str(problem.value)
 
     for name in (

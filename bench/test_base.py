@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import vader
-from conftest import PROMPTS, load
+from conftest import PROMPTS, checked, load
 from extras.base_lora import quantize
 from vader import BadInput
 
@@ -112,7 +112,7 @@ def test_a_base_lora_that_does_not_fit_is_one_line(settings, checkpoints, tmp_pa
 
     def refused(said, source=tmp_path / "base", **how):
         with pytest.raises(BadInput, match=said) as problem:
-            vader.resolve(replace(settings, base_lora=str(source), **how))
+            checked(replace(settings, base_lora=str(source), **how))
         assert "\n" not in str(problem.value) and "--base_lora" in str(problem.value)
 
     for damaged in (
@@ -171,14 +171,28 @@ def test_patterns_of_alpha_count_and_a_run_s_folder_will_do(settings, tmp_path):
 def test_a_lora_trained_on_another_base_says_so(settings, tmp_path, capsys):
     save_base(settings, tmp_path / "base", "to_q,to_v")
     vader.train(replace(settings, base_lora=str(tmp_path / "base"), steps=1, eval_videos=0))
+    about = vader.Path(settings.out, "lora", "vader.json")
+    assert json.loads(about.read_text()) == dict(base_lora="base", base_model="small", reward="colorful")
     capsys.readouterr()
-    vader.resolve(replace(settings, mode="sample", lora=f"{settings.out}/lora", lora_rank=None))
+    checked(replace(settings, mode="sample", lora=f"{settings.out}/lora", lora_rank=None))
     assert "was trained with --base_lora base, not none" in capsys.readouterr().out
-    vader.resolve(replace(settings, mode="sample", lora=f"{settings.out}/lora", lora_rank=None,
+    checked(replace(settings, mode="sample", lora=f"{settings.out}/lora", lora_rank=None,
                           base_lora=str(tmp_path / "base")))  # fmt: skip
     assert "was trained" not in capsys.readouterr().out
-    vader.Path(settings.out, "lora", "README.md").write_bytes(b"\xff\xfe of nobody")
-    vader.resolve(replace(settings, mode="sample", lora=f"{settings.out}/lora", lora_rank=None))
+    again = replace(settings, mode="sample", lora=f"{settings.out}/lora", lora_rank=None)
+    vader.Path(settings.out, "lora", "README.md").write_bytes(b"\xff\xfe of nobody")  # nothing reads it
+    about.write_text("{")
+    with pytest.raises(BadInput, match="vader.json is damaged"):
+        checked(again)
+    about.unlink()  # as PEFT's own LoRAs, and older ones
+    checked(again)
+    assert "was trained" not in capsys.readouterr().out
+
+
+def test_what_a_lora_was_trained_on_is_null_where_it_is_not_known(loaded, tmp_path):
+    vader.save_lora(loaded.model, tmp_path / "lora")
+    about = json.loads((tmp_path / "lora" / "vader.json").read_text())
+    assert about == dict(base_lora=None, base_model="small", reward=None) and [*about] == sorted(about)
 
 
 def test_a_run_with_another_base_lora_is_not_gone_on_with(settings, tmp_path):
@@ -210,7 +224,6 @@ def test_int8_is_near_the_whole_base_and_smaller(settings, tmp_path):
     assert torch.cosine_similarity(g, h, dim=0) > 0.98
     layer = next(part for name, part in small.model.denoiser.named_modules() if name.endswith("to_q"))
     assert layer.base_layer.weight.qdata.dtype == torch.int8
-    vader.offload_idle(small)  # to host memory and back
     vader.train(replace(cfg, quantize="int8", offload=True))
 
 
@@ -230,11 +243,11 @@ def test_what_can_not_be_quantised_is_one_line(settings, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
     sys.modules["bitsandbytes"].__spec__ = types.SimpleNamespace()
     with pytest.raises(BadInput, match="--quantize nf4 is for CUDA GPUs"):
-        vader.resolve(replace(settings, quantize="nf4"))
+        checked(replace(settings, quantize="nf4"))
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for kind, library in (("nf4", "bitsandbytes"), ("int8", "torchao")):
         with pytest.raises(BadInput, match=f"--quantize {kind} is not installed: pip install {library}"):
-            vader.resolve(replace(settings, quantize=kind))
+            checked(replace(settings, quantize=kind))
 
 
 def test_nf4_replaces_every_linear_layer_by_the_library_s(settings, monkeypatch):

@@ -23,6 +23,7 @@ import vader
 from conftest import (
     PROMPTS,
     batch,
+    checked,
     command,
     gradient_error,
     load,
@@ -31,6 +32,7 @@ from conftest import (
     small_text_encoder,
 )
 from extras.images import read_image
+from extras.prompts import check_prompt_file
 from vader import HERE, BadInput, Config, Prompt
 
 IMAGES = str(HERE / "tiny" / "images.jsonl")
@@ -392,6 +394,16 @@ def test_svd_decodes_a_large_video_in_pieces_as_stock(checkpoints, monkeypatch):
     assert (alone - ours).abs().mean() > 1e-3  # so it matters
 
 
+def test_cogvideox_makes_a_single_frame(checkpoints):
+    size = dict(num_frames=1, height=32, width=48, num_inference_steps=2, lora_rank=4)
+    run = load(Config(model=str(checkpoints("cogvideox")), reward="colorful", **size))
+    latents = torch.randn(1, *run.model.latent_shape(run.cfg))
+    theirs = run.model.vae.decode(latents / run.model.vae.config.scaling_factor).sample
+    theirs = (theirs / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+    torch.testing.assert_close(run.model.decode(latents, [0]), theirs, rtol=0, atol=1e-5)
+    assert math.isfinite(vader.micro_batch(run, PROMPTS, 0, 0)["reward"].sum())
+
+
 def test_cogvideox_decodes_large_frames_in_tiles(checkpoints):
     """As the stock VAE does when told to, with the gradient of one plain graph."""
     size = dict(num_frames=9, height=96, width=80, num_inference_steps=2, lora_rank=4)
@@ -413,8 +425,8 @@ def test_cogvideox_decodes_large_frames_in_tiles(checkpoints):
 
 @pytest.mark.parametrize("kind", ["svd", "wan"])
 def test_where_the_last_step_hardly_moves_the_video_another_trains(kind, checkpoints):
-    cfg, source, family = vader.resolve(Config(model=str(checkpoints(kind)), height=32, width=32))
-    schedule = family(source, "cpu", torch.float32).schedule(cfg)
+    cfg = checked(Config(model=str(checkpoints(kind)), height=32, width=32))
+    schedule = vader.make_model(cfg).schedule(cfg)
     (step,) = vader.trained_steps(vader.Run(cfg, None, schedule, {}, {}))
     assert schedule.leverage(step) > 0.09 and schedule.leverage(len(schedule.t) - 1) < 0.01
 
@@ -508,13 +520,13 @@ def test_bad_image_prompts_are_one_line(tmp_path):
     ]:
         path.write_text(line)
         with pytest.raises(BadInput, match=message) as problem:
-            vader.read_prompts(str(path), svd)
+            check_prompt_file("--prompts", str(path), svd)
         assert "\n" not in str(problem.value)
     with pytest.raises(BadInput, match="starts from an image"):
-        vader.read_prompts(str(HERE / "prompts.txt"), svd)
+        check_prompt_file("--prompts", str(HERE / "prompts.txt"), svd)
     (tmp_path / "prompts.CSV").write_text("prompt\na cat\n")
     with pytest.raises(BadInput, match="read from .txt and .jsonl files"):
-        vader.read_prompts(str(tmp_path / "prompts.CSV"))
+        check_prompt_file("--prompts", str(tmp_path / "prompts.CSV"), svd)
 
 
 def test_prompt_files_of_windows_and_odd_separators(tmp_path):
@@ -524,7 +536,7 @@ def test_prompt_files_of_windows_and_odd_separators(tmp_path):
     shutil.copy(HERE / "tiny" / "photo-cat.jpg", tmp_path)
     row = json.dumps({"prompt": "", "image": "photo-cat.jpg"})
     (tmp_path / "a.JSONL").write_bytes(f"\ufeff{row}".encode())
-    assert vader.read_prompts(str(tmp_path / "a.JSONL"), vader.find_model("svd")[0])[0].text == ""
+    assert vader.read_prompts(str(tmp_path / "a.JSONL"))[0].text == ""
 
 
 def test_one_text_with_two_images_is_two_prompts(tmp_path):

@@ -4,31 +4,30 @@ import dataclasses
 import functools
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import fake
 import imageio.v3 as iio
+import memory
 import pytest
 import torch
 from PIL import Image
+from test_models import IMAGES, stock_frames, stock_pipeline, whole_video
 
 import vader
 from conftest import (
     PROMPTS,
     batch,
     changed,
+    checked,
     command,
     gradient_error,
     gradients,
     load,
     plain_video,
 )
-from models.test_models import IMAGES, stock_frames, stock_pipeline, whole_video
+from extras.clips import walk_back
 from vader import HERE, Config
-
-sys.path.insert(0, str(HERE / "bench"))
-import fake
-import memory
 
 
 @pytest.fixture
@@ -131,11 +130,17 @@ def test_peak_memory_is_flat_in_clips(settings):
     """Of an update with all frames scored, and of walking back: a clip more adds its latents and frames."""
     few = dict(width=32, num_inference_steps=1, decode_chunk=2)
 
-    def walk_back_peak(run, prompts):
+    def walk_back_peak(run, prompts, walk_back):
         latents = vader.rollout(run, given := batch(run, prompts))
         with fake.LiveStorages() as live:
-            vader.walk_back(run, given, latents, torch.ones_like(latents[-1]))
+            walk_back(run, given, latents, torch.ones_like(latents[-1]))
         return live.peak / 1e6
+
+    def in_one_graph(run, given, latents, g):
+        graphs = []
+        for clip, x in zip(given.clips, latents[0].chunk(len(given.clips), dim=2), strict=True):
+            graphs.append(run.model.denoise(x, run.schedule.t[0], clip.cond))
+        torch.cat(graphs, dim=2).backward(g)
 
     updates, walks = [], []
     for clips in (1, 2, 4):
@@ -145,12 +150,33 @@ def test_peak_memory_is_flat_in_clips(settings):
             vader.micro_batch(run, prompts[:1], 0, 0)
         updates.append(live.peak / 1e6)
         if clips != 2:
-            walks.append(walk_back_peak(run, prompts[:1]))
-    type(run.model).denoise.__globals__["checkpoint"] = lambda f, *args, **_: f(*args)
-    at_once = walk_back_peak(run, prompts[:1])
+            walks.append(walk_back_peak(run, prompts[:1], walk_back))
+    at_once = walk_back_peak(run, prompts[:1], in_one_graph)
     print("peak MB, 1, 2, 4 clips:", *updates, "walk back, 1, 4:", *walks, "4 in one graph:", at_once)
     assert updates[2] < 1.1 * updates[0] and walks[1] < 1.1 * walks[0]
     assert at_once > 1.5 * walks[1]
+
+
+@pytest.mark.parametrize("picks, in_clips", [([6], [[2]]), ([2, 3, 9], [[2, 3], [1]])])
+def test_somebody_s_own_estimator_gets_each_clip_that_was_scored(picks, in_clips, settings, monkeypatch):
+    """In the place of `vader.walk_back`, as if a clip were a run: it can roll out and score it again."""
+    cfg, prompts = settings()
+    run, real, found = load(cfg, prompts=prompts), vader.walk_back, []
+
+    def mine(run, batch, latents, g):
+        again = vader.rollout(run, batch)
+        assert all(map(torch.equal, latents, again))
+        assert batch.noise.shape[1:] == run.model.latent_shape(run.cfg) and run.cfg.clips is None
+        _, own = vader.score(run, batch, again[-1])
+        torch.testing.assert_close(own * len(batch.picks) / len(picks), g)
+        assert g.norm() > 0
+        found.append(batch.picks)
+        real(run, batch, latents, g)
+
+    monkeypatch.setattr(vader, "walk_back", mine)
+    monkeypatch.setattr(vader, "pick_latent_frames", lambda *_: picks)
+    vader.micro_batch(run, prompts, 0, 0)
+    assert found == in_clips and gradients(run).norm() > 0
 
 
 @pytest.mark.slow
@@ -200,7 +226,7 @@ def test_training_resuming_and_sampling_with_clips(settings, tmp_path):
         flags += ["--num_inference_steps", "1"]
         assert vader.main([*flags, *(["--clips", "2"] if clips else [])]) == 0
         assert len(iio.imread(f"{out}/tuned/000.mp4", plugin="FFMPEG")) == frames
-    cfg, *_ = vader.resolve(Config(model="tiny-i2v", prompts=IMAGES, clips=3))
+    cfg = checked(Config(model="tiny-i2v", prompts=IMAGES, clips=3))
     assert cfg.num_frames == 24
 
 
@@ -222,6 +248,6 @@ def test_offloading_moves_the_image_encoder_with_the_vae_and_changes_nothing(set
         vader.micro_batch(run, prompts, 0, 0)
         found.append(gradients(run))
         there = [{name for name, place in at.items() if place != "cpu"} for at in (*seen, places)]
-        starting = {"vae", "image_encoder"} | ({"denoiser"} if not offload else set())
-        assert there == [starting] * 4 + [{"denoiser"} if offload else starting]
+        starting, ending = ({"vae", "image_encoder"}, {"denoiser"}) if offload else (set(), set())
+        assert there == [starting] * 4 + [ending]  # without --offload nothing moves
     assert torch.equal(*found) and found[0].norm() > 0

@@ -1,0 +1,137 @@
+"""--resume, and what an --out that holds something must be for a run to begin or to go on in it."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+
+import vader
+from rewards import as_bad_input, read_json, require
+
+# What may change when a run goes on, and what is the same by another path.
+FREE = "out resume steps eval_every tracker push_to_hub device prompts eval_prompts versions".split()
+PATHS = ("model", "lora", "base_lora", "reward_weights", "vlm")
+
+
+def check_out(cfg):
+    """Can --out be written, by nobody else? What a kill left half written is cleared."""
+    out = Path(cfg.out)
+    with as_bad_input(f"--out {out} is in use by another process, or can't be written: give another"):
+        out.mkdir(parents=True, exist_ok=True)
+        if vader.ranks()[0] == 0:
+            with FileLock(out / ".lock", timeout=0):
+                for leftover in out.glob(".tmp-vader-*"):
+                    if leftover.is_dir():
+                        shutil.rmtree(leftover)
+                    else:
+                        leftover.unlink()
+                vader.write_atomic(out / ".room", bytes(1 << 20))
+                (out / ".room").unlink()
+
+
+def check_folder(cfg, prompts: list):
+    """Refuse an --out that a run can't begin in, or with --resume go on in. Raises BadInput.
+
+    prompts: those of the run, trained on and held out.
+    """
+    out = Path(cfg.out)
+    names = {path.name for path in out.glob("[!.]*")}
+    if not names:
+        return
+    require(cfg.mode == "train" and "config.json" in names, f"{out} is not empty: give another --out")
+    updates = check_metrics(out)
+    checkpoint = out / "checkpoint" / "state.pt"
+    if updates < 2 and not checkpoint.exists() and (cfg.resume or "lora" not in names):
+        return  # A kill in the first update: at most its LoRA is written, and nothing is lost.
+    require(cfg.resume, f"{out} holds a run: add --resume to go on with it, or give another --out")
+    check_settings(out, vader.run_settings(cfg, prompts))
+    check_checkpoint(checkpoint, cfg, updates)
+
+
+def check_metrics(out: Path) -> int:
+    """How many updates metrics.jsonl tells of, and a line if videos of its evaluations are gone."""
+    path = out / "metrics.jsonl"
+    updates, lost = 0, []
+    with as_bad_input(f"{path} is damaged: give another --out"):
+        for row in vader.read_metrics(out):
+            updates = max(updates, int(row["step"]))
+            if "eval" not in row:
+                continue
+            evaluation = row["eval"]
+            folder = out / evaluation["folder"]
+            if not (folder / "000.mp4").exists():
+                lost.append(folder.name)
+            if "reward" in evaluation:
+                zeros = [0.0] * len(evaluation["prompts"])
+                vader.paired_gain(evaluation["reward"], zeros)  # raises unless there is a number for each
+    if lost:
+        print(f"the page has no videos of {', '.join(lost)}: they are gone")
+    return updates
+
+
+def check_settings(out: Path, settings: dict):
+    """Refuse settings that are not those of config.json, but for what is FREE."""
+    before = read_json(out / "config.json")
+    settings = json.loads(json.dumps(settings, default=str))
+    for name, value in settings.items():
+        old = before.get(name)
+        if name in FREE or old == value or (name in PATHS and is_same_path(old, value)):
+            continue
+        if name == "prompts_used":
+            started = "with other prompts"
+        elif name == "processes":
+            started = f"with {old} processes"
+        elif old is None:
+            started = f"without --{name}"
+        else:
+            started = f"with --{name} {old}"
+        require(False, f"{out} was started {started}: resume it so, or give another --out")
+
+
+def is_same_path(first: str | None, second: str | None) -> bool:
+    if not (isinstance(first, str) and isinstance(second, str)):
+        return False
+    if not (Path(first).exists() and Path(second).exists()):
+        return False
+    return Path(first).resolve() == Path(second).resolve()
+
+
+def check_checkpoint(path: Path, cfg, updates: int):
+    """Refuse a checkpoint that is damaged, or that does not fit --steps and metrics.jsonl."""
+    out, advice = cfg.out, f"go on with --lora {cfg.out}/lora and another --out"
+    with as_bad_input(f"{path} is gone or damaged: {advice}"):
+        require(zipfile.ZipFile(path).testzip() is None, f"{path} is damaged: {advice}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        step, skipped = state["step"], state["skipped"]
+        require(type(step) is type(skipped) is int, f"{path} is damaged: {advice}")
+        for weights in state["lora"].values():
+            require(weights.isfinite().all(), f"{path} is damaged: {advice}")
+    require(step <= cfg.steps, f"{out} has {step} updates: give --steps as many, or more")
+    require(updates >= step >= 1, f"{out} has lost rows of its metrics.jsonl: {advice}")
+
+
+def restore_checkpoint(run, optimizer) -> tuple[int, int]:
+    """Go on with the checkpoint of --out, where there is one -> updates made, and skipped of these.
+
+    Rows of metrics.jsonl after it are cut off: they are made again.
+    """
+    path = Path(run.cfg.out) / "checkpoint" / "state.pt"
+    if not path.exists():
+        return 0, 0
+    parameters = vader.lora_parameters(run.model)
+    with as_bad_input(f"{path} is damaged: give another --out"):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        require(state["lora"].keys() == parameters.keys(), f"{path} holds another LoRA: give another --out")
+        run.model.denoiser.load_state_dict(state["lora"], strict=False)
+        optimizer.load_state_dict(state["optimizer"])
+        run.scaler.load_state_dict(state["scaler"])
+    if vader.ranks()[0] == 0:
+        kept = ""
+        for row in vader.read_metrics(Path(run.cfg.out)):
+            if row["step"] <= state["step"]:
+                kept += json.dumps(row, ensure_ascii=False) + "\n"
+        vader.write_atomic(Path(run.cfg.out) / "metrics.jsonl", kept)
+    return state["step"], state["skipped"]
