@@ -51,7 +51,7 @@ def require(condition, message):
 
 # ---- 1. What rewards share ---------------------------------------------------------------------------------
 def exact(x):
-    """float32, or float64 if it is that already: half precision is for the inside of networks only."""
+    """At least float32 (float64 stays): half precision is for the inside of networks only."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -62,8 +62,8 @@ def evenly_spaced(n, size):
 
 def preprocess(frames, size, mean, std, short_side=False, crop=None, mode="bicubic"):
     """Frames as a network wants them: resized with antialiasing, cropped, normalised; differentiable.
-    frames: (..., 3, H, W) in [0, 1] -> (n, 3, h, w). size: (h, w) to squash to, or an int for a square; with
-    short_side it is the shorter side's, and the shape is kept. crop: side of a square cut from the middle."""
+    frames: (..., 3, H, W) in [0, 1] -> (n, 3, h, w). size: (h, w), or the side of a square, to squash to.
+    With short_side, size is the shorter side's, and the shape is kept. crop: side of a square in the middle."""
     pictures = exact(frames).flatten(0, -4)
     height, width = pictures.shape[-2:]
     if short_side:
@@ -82,7 +82,7 @@ def preprocess(frames, size, mean, std, short_side=False, crop=None, mode="bicub
 
 
 def plain(text):
-    """Its words in lower case, without articles: people write "playing the piano" for "playing piano"."""
+    """The words of a text in lower case, without articles: so "playing the piano" is "playing piano"."""
     words = re.findall(r"\w+", text.lower())
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
@@ -140,7 +140,7 @@ def make_aesthetic(device, dtype, weights=None):
 
 
 def image_text_reward(network, embed_image, embed_text, scale=1.0):
-    """scale x the mean cosine of frames (B, N, 3, H, W) -> (B * N, D) and their own prompt -> (1, D)."""
+    """The reward scale x mean cosine of frames (B, N, 3, H, W) -> (B * N, D) with their prompt -> (1, D)."""
 
     @functools.cache
     @torch.no_grad()
@@ -263,7 +263,7 @@ def make_colorful(device, dtype, weights=None):
 
 def make_compressible(device, dtype, weights=None):
     """Minus the estimated size of a frame as JPEG, in kB: bits of its quantised 8 x 8 DCT, no network.
-    c in steps of q counts 2.2 log2(1 + |c / q|); that and 0.6 kB fit photographs at quality 50."""
+    A coefficient of k quantisation steps counts 2.2 log2(1 + |k|) bits; with 0.6 kB that fits photographs."""
     table = """
         16 11 10 16 24 40 51 61
         12 12 14 19 26 58 60 55
@@ -632,7 +632,7 @@ def make_terms(spec, device, dtype, weights=None, prompts=(), vlm=None, quantize
 
 def weighted_rewards(terms, video, prompts, chunk=1, scale=None):
     """Rewards of video (B, N, 3, H, W): {"reward": (B,) weighted sum, term: (B,), "term figure": (B,)}.
-    chunk: frames that an image reward gets at once. scale: scale x the sum over videos is differentiated."""
+    chunk: frames that an image reward gets at once. With a scale, scale x their sum goes backward."""
     totals = {}
     for name, (weight, reward) in terms.items():
         wanted = getattr(reward, "frames", 1)
@@ -658,8 +658,8 @@ def weighted_rewards(terms, video, prompts, chunk=1, scale=None):
 
 # ---- 5. Loading weights, from a folder or the hub ----------------------------------------------------------
 def as_bad_input(problem):
-    """A context in which what a library raises on a damaged file is one line. Not around code that people
-    write! A fork without extras/ gets the library's own exceptions."""
+    """A context that turns what a library raises on a damaged file into BadInput. Never put it around code
+    that people write! A fork without extras/ gets the library's own exceptions."""
     if not EXTRAS.is_dir():
         return contextlib.nullcontext()
     from extras.damaged import Reading
@@ -707,7 +707,7 @@ def read_json(path):
 
 
 def pick_files(names, network, half):
-    """Which of a folder's files to take: safetensors before .bin, fp16 if `half`. Incomplete: none."""
+    """Which files of a folder to load: safetensors before .bin, fp16 if `half`; none if one is missing."""
     if not network:  # what a tokenizer, or a processor, can't do without
         needed = "tokenizer.json merges.txt spiece.model tokenizer.model preprocessor_config.json".split()
         return [name for name in needed if name in names]
@@ -726,7 +726,7 @@ def pick_files(names, network, half):
 
 
 def load(kind, source, flag, subfolder="", dtype=None, device=None, more=()):
-    """`kind.from_pretrained` of a folder or hub id; nothing missing, nothing that nobody takes, all finite.
+    """`kind.from_pretrained` of a folder or hub id, whose weights must all be there, be used, and be finite.
     device: of what is to be `frozen`; more: how keys begin that only the published file holds."""
     network = hasattr(kind, "state_dict") or "AutoModel" in kind.__name__
     half = dtype in (torch.float16, torch.bfloat16)
@@ -792,7 +792,7 @@ def checkpoint_blocks(network, classes):
 
 
 def frozen(network, device, dtype):
-    """Eval mode; no weight gradients, they go through a reward, never into it; checkpointed on a GPU."""
+    """The network in eval mode, without gradients of its weights; checkpointed on a GPU."""
     if str(device).startswith("cuda"):
         kinds = (GradientCheckpointingLayer, open_clip.transformer.ResidualAttentionBlock)
         names = {type(block).__name__ for block in network.modules() if isinstance(block, kinds)}

@@ -5,16 +5,17 @@
 
 Make a video from noise without gradient and keep every step's latents. Score some frames, and pull the
 gradient through the reward and the VAE to the last latents. Walk the sampler back over the last K steps, one
-denoiser call at a time: every sampler here is affine, so its backward is two multiplications a step. The
-graph is cut at frames, latents and steps, so peak memory is that of the largest piece, whatever K is.
+denoiser call at a time: every sampler here is affine, so its backward multiplies by a and b. The graph is
+cut at frames, latents and steps: one piece is alive at a time, and peak memory does not grow with K.
 
     x, latents[i]   x_t of the paper, (B, C, F, H, W)   a, b, c   x[i+1] = a[i] x[i] + b[i] f(c[i] x[i], t[i])
     f, denoise      epsilon_theta or v_theta            s         noise added per step, when eta > 0
     g               d loss / d x, walked backwards      w         classifier-free guidance scale
     v               d loss / d frames                   K, T      trained steps, sampling steps
+    B, C, F, H, W   batch, channels, latent frames, height, width            N  frames (decoded)
 
 Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. Two folders can
-be deleted: models/ has more models, extras/ what single flags ask for and the checks of all input.
+be deleted: models/ (more models) and extras/ (the code of most flags, and the checks of all input).
 """
 
 import contextlib
@@ -38,7 +39,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-SCRIPT = __name__ == "__main__" and "__file__" in globals()  # not imported, nor pasted into a notebook
+SCRIPT = __name__ == "__main__" and "__file__" in globals()  # run as a command, not pasted or imported
 
 
 def stop(*_):
@@ -66,10 +67,10 @@ from tqdm import tqdm
 import rewards
 from rewards import BadInput, evenly_spaced, require
 
-# Run or pasted, this module is called __main__; models/ and extras/ import it as vader.
+# Run or pasted, this module is called __main__. Without this line, models/ would import a second copy.
 sys.modules.setdefault("vader", sys.modules[__name__])
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
-TOY = str(HERE / "tiny" / "rewards")
+TOY = str(HERE / "tiny" / "rewards")  # weights of the tiny world's rewards
 PAGE, EXTRAS = HERE / "page.html", HERE / "extras"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -85,33 +86,33 @@ class Config:
     """Everything that can be set. None is off, or the model's own default (its class's `presets`)."""
 
     reward: str = arg("aesthetic", 'a reward of rewards.py or a weighted sum, "aesthetic + 0.5*colorful"')
-    prompts: str = arg("prompts.txt", "a text file, one a line (not # lines), or .jsonl with an image each")
+    prompts: str = arg("prompts.txt", "a text file, a prompt a line (not # lines), or .jsonl with images")
     model: str = arg("auto", "a short name, hub id or folder; auto: modelscope on a CUDA GPU, else tiny-few")
     mode: Literal["train", "sample", "eval"] = arg("train", "sample: make videos; eval: score base and tuned")
     lora: str | None = arg(None, "folder of a trained LoRA: to sample or score, or where train starts from")
-    base_lora: str | None = arg(None, "LoRA that is fused into the base: of few steps, of a style")
+    base_lora: str | None = arg(None, "LoRA that is fused into the base, for few steps or a style")
     out: str | None = arg(None, "output folder; default runs/<reward>-<model>, runs/<mode>-<reward>-<model>")
     resume: bool = arg(False, "go on with the run in --out, with the same settings (how long may change)")
-    seed: int = arg(0, "the same seed gives bitwise the same run on a CPU (and as many threads)")
+    seed: int = arg(0, "the same seed gives bitwise the same run on a CPU with as many threads")
     # the video and its sampler
     negative_prompt: str = arg("", "what guidance leads away from")
     num_frames: int | None = arg(None, "frames of a video")
     clips: int | None = arg(None, "image to video: clips in a row, each from the last frame before it")
-    height: int | None = arg(None, "pixels, a multiple of 8, 16 or 32, as the model's")
+    height: int | None = arg(None, "pixels, a multiple of 8, 16 or 32 (the model's)")
     width: int | None = arg(None, "pixels, likewise")
     num_inference_steps: int | None = arg(None, "denoising steps; cost time, not memory")
     guidance_scale: float | None = arg(None, "classifier-free guidance; 1 is off, half the time")
     eta: float = arg(0.0, "share of noise added at each DDIM step; 0 is deterministic")
-    timestep_spacing: Literal["trailing", "leading", "linspace"] = arg("trailing", "leading hardly trains")
+    timestep_spacing: Literal["trailing", "leading", "linspace"] = arg("trailing", "leading hardly moves")
     # the gradient and the reward
     backprop_steps: int = arg(1, "K, denoising steps that get a gradient; costs time, not memory")
-    grad_steps: Literal["auto", "last", "spread", "strongest"] = arg("auto", "auto is the model's")
-    coupling: float = arg(1.0, "share of the gradient through a step's input; 1 is exact, K = 1 ignores it")
-    detach_uncond: bool = arg(False, "no gradient through the unconditional branch, in half the time")
-    decode_frames: int | None = arg(None, "frames scored per update; default what the reward wants")
+    grad_steps: Literal["auto", "last", "spread", "strongest"] = arg("auto", "which K; auto: the model's")
+    coupling: float = arg(1.0, "gradient from a trained step to the one before: 1 exact, 0 none (for K > 1)")
+    detach_uncond: bool = arg(False, "no gradient through the unconditional branch: half the backward time")
+    decode_frames: int | None = arg(None, "frames scored per video; default what the reward wants")
     decode_chunk: int = arg(1, "frames decoded at once; costs memory")
     checkpointing: bool | None = arg(None, "recompute activations: less memory, more time; default on a GPU")
-    offload: bool = arg(False, "what is idle waits in host memory: less memory, more time")
+    offload: bool = arg(False, "networks that are idle wait in host memory: less memory, more time")
     quantize: Literal["none", "int8", "nf4"] = arg("none", "of the frozen denoiser and `ask`: less memory")
     reward_weights: str | None = arg(None, "folder with sub-folders of rewards, to load these from")
     vlm: str | None = arg(None, "folder or hub id of the vision-language model of the reward ask")
@@ -127,7 +128,7 @@ class Config:
     lora_targets: str | None = arg(None, "linear layers by the end of their names; default: attention")
     # evaluation, files, machine
     eval_prompts: str | None = arg(None, "prompt file; default every tenth of --prompts; not trained on")
-    eval_every: int | None = arg(None, "updates between evaluations; one more before, one after")
+    eval_every: int | None = arg(None, "updates between evaluations; one more at the start, and at the end")
     eval_videos: int = arg(16, "videos per evaluation in training, each time the same; 0: none")
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "where to log as well")
     push_to_hub: str | None = arg(None, "owner/name: where the LoRA goes at the end; public if it is new")
@@ -159,8 +160,8 @@ def read_prompts(path: str) -> list[Prompt]:
 
 
 def split_prompts(cfg: Config):
-    """Prompts to train on, and held-out ones: those of --eval_prompts, or every tenth of --prompts."""
-    prompts = list(dict.fromkeys(read_prompts(cfg.prompts)))
+    """Prompts to train on (all, if none are left), and held out: --eval_prompts, or every tenth."""
+    prompts = list(dict.fromkeys(read_prompts(cfg.prompts)))  # each once, in order
     if not cfg.eval_videos:
         return prompts, []
     if cfg.eval_prompts:
@@ -208,12 +209,12 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
     """The tables of a diffusers scheduler whose timesteps are set, read off its steps on unit vectors.
 
     For DDIM on noise (Song et al. 2021, eq. 12 and 16), A = alphas_cumprod of a step, A' of the next: c = 1,
-    a = sqrt(A' / A), b = sqrt(1 - A' - s^2) - sqrt(A' (1 - A) / A). Raises BadInput where it is not linear.
+    a = sqrt(A' / A), b = sqrt(1 - A' - s^2) - sqrt(A' (1 - A) / A). Raises BadInput where it is not affine.
     """
     for name, value in list(vars(scheduler).items()):
         if isinstance(value, torch.Tensor) and name != "timesteps":
             setattr(scheduler, name, value.double())  # its own float32 would round each step
-    # Four channels: x, f or noise alone; and x or f in turn, large, to see a sampler that clips or remembers.
+    # Each channel is a probe: x alone, f alone, noise alone; the last is large, where clipping would show.
     x, f, noise = torch.zeros(3, 1, 4, 1, 1, dtype=torch.float64)
     x[0, 0] = f[0, 1] = noise[0, 2] = 1
     kwargs = dict(eta=eta, variance_noise=noise) if eta else {}
@@ -226,7 +227,7 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
         a, b, s, large = scheduler.step(f, t, x, **kwargs).prev_sample.flatten().tolist()
         expected = a * x_large + b * f_large
         is_linear = math.isclose(large, expected, rel_tol=1e-5, abs_tol=1e-5) and (eta or s == 0)
-        require(is_linear, "--model: its scheduler clips or draws noise: take another")
+        require(is_linear, "--model: its scheduler clips, draws noise or looks back: take another")
         rows.append((a, b, c, s))
     tables = map(list, zip(*rows, strict=True))
     return Schedule(scheduler.timesteps, *tables, start=float(getattr(scheduler, "init_noise_sigma", 1)))
@@ -246,10 +247,10 @@ def read_config(source: str, name: str) -> dict:
 class VideoModel:
     """What all models share; a family gives what differs."""
 
-    schedule: Callable  # these three methods are a family's, as TextToVideoUNet has them
+    schedule: Callable  # each family writes these three methods, see TextToVideoUNet
     encode_text: Callable
     decode: Callable
-    rollout: Callable  # and with --clips these two are extras/clips.py's
+    rollout: Callable  # only with --clips, by extras/clips.py: what replaces the functions below
     walk_back: Callable
     presets = {}  # {a name for --model: {"source": hub id or folder, a field of Config: its default}}
     text_pipeline = None  # the stock pipeline, for its encode_prompt
@@ -257,13 +258,13 @@ class VideoModel:
     denoiser_class = vae_class = None  # classes of diffusers
     folder = "transformer"  # of the denoiser in a checkpoint
     checkpointed = vae_checkpointed = ()  # names of the blocks whose activations are recomputed
-    multiple = scale = 8  # height and width are multiples of the one; pixels of a latent pixel
-    frame_multiple = frames_per_latent = 1  # frames less one are a multiple; latent frame 0 holds one frame
-    stochastic = False  # does the sampler take --eta?
+    multiple = scale = 8  # what height and width are multiples of; how many pixels a latent pixel is wide
+    frame_multiple = frames_per_latent = 1  # the same of frames, after the first, which is a latent alone
+    stochastic = False  # whether the sampler takes --eta
     grad_steps = "last"  # what --grad_steps auto is
-    inputs = 1  # how many latents side by side the denoiser takes
+    inputs = 1  # how many latents the denoiser takes, concatenated along channels
     max_tokens = None  # how much of a prompt is read; None: what the tokenizer says
-    images = "no"  # is a video made from an image: no, may, must
+    images = "no"  # whether a video starts from an image: no, may, must
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
@@ -277,12 +278,12 @@ class VideoModel:
 
     @torch.no_grad()
     def encode(self, prompts: list[Prompt], cfg: Config) -> dict:
-        """What `denoise` is told of each prompt, by the stock pipeline, which is freed afterwards."""
+        """The text embeddings of each prompt, by the stock pipeline, which is freed with this function."""
         pipe = self.stock(self.text_pipeline, "text_encoder", "tokenizer")
         return {prompt: self.encode_text(pipe, prompt.text) for prompt in prompts}
 
     def stock(self, pipeline: type, *names: str):
-        """A stock pipeline with only these of its parts, on the device. Raises BadInput."""
+        """Build a stock pipeline, on the device, that has only the named parts. Raises BadInput."""
         parts = {}
         for name, parameter in inspect.signature(pipeline).parameters.items():
             if name in names:
@@ -332,9 +333,8 @@ TINY |= dict(num_inference_steps=10, height=64, width=64, rewards=TOY)
 
 
 class TextToVideoUNet(VideoModel):
-    """ModelScope, ZeroScope and the tiny model: a 3D U-Net, sampled by DDIM."""
+    """ModelScope, ZeroScope and tiny: a 3D U-Net and DDIM. Unnamed checkpoints have the first's defaults."""
 
-    # a folder or hub id of another name takes the first one's defaults
     modelscope = dict(source="ali-vilab/text-to-video-ms-1.7b", num_frames=16, height=256, width=256)
     modelscope |= PUBLISHED | dict(num_inference_steps=25, guidance_scale=9.0)
     zeroscope = modelscope | dict(source="cerspense/zeroscope_v2_576w", num_frames=24, height=320, width=576)
@@ -357,12 +357,12 @@ class TextToVideoUNet(VideoModel):
         return tabulate(scheduler, cfg.eta)
 
     def encode_text(self, pipe, text: str) -> dict:
-        """What `denoise` is told of a prompt, without batch dimension."""
+        """Text embeddings as keyword arguments of the denoiser, without batch dimension."""
         embeds, _ = pipe.encode_prompt(text, self.device, 1, False)
         return {"encoder_hidden_states": embeds[0]}  # (tokens, D)
 
     def decode(self, latents, picks):
-        """latents: (B, C, F, H, W), picks: sorted, of F -> all their frames, (B, N, 3, H, W) in [0, 1]."""
+        """Decode the latent frames picks of latents (B, C, F, H, W) -> frames (B, N, 3, H, W) in [0, 1]."""
         scaled = (latents / self.vae.config.scaling_factor).to(self.dtype)
         frames = [self.vae.decode(scaled[:, :, n]).sample.float() for n in picks]
         return straight_through_clamp(torch.stack(frames, dim=1) / 2 + 0.5)
@@ -386,13 +386,13 @@ def lora_parameters(model: VideoModel) -> dict:
 # ---- 5. Rollout, score, walk back --------------------------------------------------------------------------
 @dataclass
 class Run:
-    """What a run works with."""
+    """A loaded model, its sampler, its rewards, and the embeddings of all prompts."""
 
     cfg: Config
     model: VideoModel
     schedule: Schedule
     terms: dict  # {name: (weight, reward)}
-    conds: dict  # {prompt: what `denoise` is told of it}
+    conds: dict  # {prompt: its embeddings, keyword arguments of `denoise`}
     scaler: torch.amp.GradScaler | None = None  # of the loss, in fp16
 
 
@@ -401,25 +401,25 @@ class Batch(NamedTuple):
 
     prompts: list[Prompt]
     noise: torch.Tensor  # (B, C, F, H, W) float32
-    cond: dict  # what `denoise` is told, {name: (B, ...)}
-    uncond: dict  # the same without the text
-    generator: torch.Generator  # for what is drawn on the way
+    cond: dict  # the prompts' embeddings, {name: (B, ...)}
+    uncond: dict  # the same for the negative prompt
+    generator: torch.Generator  # for the noise that eta > 0 adds
     picks: list[int]  # latent frames that are scored
     trained: list[int]  # sampling steps that get a gradient
-    scale: float  # of the loss: 1 / (grad_accum * processes), times that of fp16
+    scale: float  # of the loss: 1 / (grad_accum * processes), in fp16 times the scaler's
     clips: list  # with --clips, rollout puts a Batch for each clip here
 
 
 def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trained=(), scale=1.0) -> Batch:
-    """A Batch, with what run.conds knows of its prompts."""
+    """A Batch, with the embeddings of its prompts out of run.conds."""
     cond = default_collate([run.conds[prompt] for prompt in prompts])
     empty = default_collate([run.conds[Prompt(run.cfg.negative_prompt)]] * len(prompts))
-    # The empty prompt has a text only. An image is given to both guidance branches.
+    # The negative prompt replaces the text alone: an image is given to both guidance branches.
     return Batch(prompts, noise, cond, cond | empty, generator, picks, trained, scale, [])
 
 
 def pick_latent_frames(run: Run, generator) -> list[int]:
-    """Latent frames to score: random ones, or those of evenly spaced frames if a reward wants several."""
+    """Latent frames to score: random ones, or evenly spaced ones if a reward wants several frames."""
     frames = run.cfg.num_frames
     wanted = 1
     for _, reward in run.terms.values():
@@ -433,7 +433,7 @@ def pick_latent_frames(run: Run, generator) -> list[int]:
 
 
 def trained_steps(run: Run) -> list[int]:
-    """Which K of the T sampling steps train: last (DRaFT-K), spread (DRTune), of most leverage."""
+    """Which K of the T sampling steps train: the last (DRaFT-K), spread (DRTune), or of most leverage."""
     K, T = run.cfg.backprop_steps, len(run.schedule.t)
     if run.cfg.grad_steps == "strongest":
         by_leverage = sorted(range(T), key=run.schedule.leverage)
@@ -471,14 +471,14 @@ def rollout(run: Run, batch: Batch) -> list:
 def score(run: Run, batch: Batch, x):
     """Reward the picked frames of clean latents x and pull the gradient back to x, chunk by chunk.
 
-    x: (B, C, F, H, W) float32. Returns the rewards' figures {name: (B,)}, and g like x, the gradient of
-    batch.scale x minus their mean.
+    x: (B, C, F, H, W) float32. The loss is minus the mean reward, times batch.scale. Returns the rewards'
+    figures {name: (B,)}, and g, the gradient of the loss with respect to x.
     """
     texts = [prompt.text for prompt in batch.prompts]
     with torch.no_grad():
         video = run.model.decode(x, batch.picks).requires_grad_()  # (B, N, 3, H, W)
     figures = rewards.weighted_rewards(run.terms, video, texts, run.cfg.decode_chunk, batch.scale)
-    v = -video.grad / len(x)
+    v = -video.grad / len(x)  # `weighted_rewards` has differentiated the sum of the rewards
     del video
     x = x.detach().requires_grad_()
     done = 0
@@ -494,12 +494,12 @@ def score(run: Run, batch: Batch, x):
 def walk_back(run: Run, batch: Batch, latents, g):
     """Backward of `rollout`: accumulate LoRA gradients, one guidance branch of one trained step at a time.
 
-    latents: T + 1, (B, C, F, H, W); g: d loss / d latents[-1]. Through a step's input goes cfg.coupling of
-    the gradient: 1 is exact (DRaFT-K), 0 detaches it (DRTune).
+    latents: T + 1, (B, C, F, H, W); g: d loss / d latents[-1]. The denoiser's gradient with respect to its
+    input counts cfg.coupling times: 1 is exact (DRaFT-K), 0 leaves it out (DRTune).
     """
     cfg, model, schedule = run.cfg, run.model, run.schedule
     w = model.guidance(cfg.guidance_scale, g.shape[2])
-    branches = [(batch.cond, w)]
+    branches = [(batch.cond, w)]  # f = w f_cond + (1 - w) f_uncond
     if cfg.guidance_scale != 1 and not cfg.detach_uncond:
         branches.append((batch.uncond, 1 - w))
     earliest = min(batch.trained)
@@ -508,7 +508,7 @@ def walk_back(run: Run, batch: Batch, latents, g):
         if i not in batch.trained:
             g = a * g
             continue
-        x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)
+        x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)  # nobody needs it before
         for cond, share in branches:
             f = model.denoise(c * x, t, cond)
             f.backward(share * b * g)
@@ -520,7 +520,7 @@ def walk_back(run: Run, batch: Batch, latents, g):
 
 # ---- 6. Training -------------------------------------------------------------------------------------------
 def micro_batch(run: Run, prompts, step: int, number: int, scale=1.0):
-    """Rollout, score, walk back: adds to the LoRA's gradients -> the rewards' figures, {name: (B,)}."""
+    """Make a batch of videos and add its gradient to the LoRA's -> the rewards' figures, {name: (B,)}."""
     model = run.model
     generator = generator_for(run.cfg.seed, step, number)
     noise = torch.randn(len(prompts), *model.latent_shape(run.cfg), generator=generator).to(model.device)
@@ -542,14 +542,14 @@ def make_optimizer(run: Run):
 
 
 def update(run: Run, prompts, step: int, optimizer) -> dict:
-    """One step on the gradient of grad_accum batches a process, where finite -> row of metrics.jsonl."""
+    """One step of the optimiser on grad_accum batches, unless their gradient is not finite -> its metrics."""
     cfg, start = run.cfg, time.time()
     rank, world = ranks()
     on_cuda = run.model.device.startswith("cuda")
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()  # or the peak is that of encoding the prompts
     parameters = list(lora_parameters(run.model).values())
-    one = torch.ones((), device=parameters[0].device)  # a scaler has no scale before it has scaled something
+    one = torch.ones((), device=parameters[0].device)  # scaling it is how a scaler tells its scale
     scale = run.scaler.scale(one).item() / (cfg.grad_accum * world)
     optimizer.zero_grad()
     row = {"step": step + 1}
@@ -593,7 +593,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
     with FileLock(out / ".lock", timeout=0) if rank == 0 else contextlib.nullcontext():
         run = load_run(cfg, prompts + held_out, reward)
         optimizer = make_optimizer(run)
-        step = skipped = in_a_row = 0  # updates: made, without a finite gradient, the last ones without
+        step = skipped = in_a_row = 0  # updates made; of these not finite; of the last ones not finite
         if cfg.resume:
             from extras import resume
 
@@ -651,7 +651,7 @@ def write_video(path: Path, video):
 
 @torch.no_grad()
 def make_videos(run: Run, prompts, first=0):
-    """A whole video per prompt, (B, F, 3, H, W) float32 in [0, 1]; number `first` + n has noise n."""
+    """Make whole videos, (B, N, 3, H, W) float32 in [0, 1]; their noise depends on their numbers alone."""
     noise = []
     for n in range(first, first + len(prompts)):
         generator = generator_for(run.cfg.seed, "eval", n)
@@ -695,7 +695,7 @@ def evaluate_once(run: Run, prompts, step: int):
 
 def paired_gain(base: list, tuned: list) -> tuple[float, float]:
     """Mean of the differences between videos of the same prompt and noise, and its standard error."""
-    gains = np.array(tuned, dtype=float) - np.array(base, dtype=float)  # null, in a file, is NaN
+    gains = np.array(tuned, dtype=float) - np.array(base, dtype=float)  # NaN where a file has null
     error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
     return float(gains.mean()), float(error)
 
@@ -750,7 +750,7 @@ def append_metrics(cfg: Config, row: dict):
 
 
 def run_settings(cfg: Config, prompts: list[Prompt]) -> dict:
-    """What config.json tells of a run; but for the versions, all that must be the same when it goes on."""
+    """What config.json tells of a run, and --resume compares (but for what extras/resume.py leaves FREE)."""
     libraries = (torch, diffusers, peft, transformers)
     return vars(cfg) | {
         "processes": ranks()[1],
@@ -768,12 +768,12 @@ def save_lora(model: VideoModel, folder: Path, cfg: Config | None = None):
             from extras import lora_files
 
             lora_files.add_files(model, made, cfg)
-        for file in made.iterdir():  # whole, and as readable as others: safetensors' own are private
+        for file in made.iterdir():  # written anew, as safetensors makes files that only their owner reads
             write_atomic(folder / file.name, file.read_bytes())
 
 
 def save_checkpoint(run: Run, optimizer, step: int, skipped: int):
-    """Write what --resume takes back, by extras/resume.py."""
+    """Write what --resume loads, in extras/resume.py."""
     state = {"lora": lora_parameters(run.model), "optimizer": optimizer.state_dict()}
     state |= {"scaler": run.scaler.state_dict(), "step": step, "skipped": skipped}
     file = io.BytesIO()
@@ -812,7 +812,7 @@ def find_model(model: str) -> tuple:
         preset = family.presets[model]
         return family, preset["source"], preset
     family = family.variant(model)
-    preset = next(iter(family.presets.values()))  # a family's first
+    preset = next(iter(family.presets.values()))  # the family's first
     return family, model, preset
 
 
