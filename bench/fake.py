@@ -16,11 +16,35 @@ from tokenizers.models import WordLevel
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rewards  # noqa: E402 (needs the line above)
+
+
+def attention(query, key, value, *_, **__) -> int:
+    """Operations of an attention, of its inputs' shapes: the products q k' and, with its softmax, v."""
+    batch, heads, places, width = query
+    return 2 * batch * heads * places * key[2] * (width + value[3])
+
+
+def attention_backward(gradient, query, key, value, *_, **__) -> int:
+    """As `attention`: the product q k' again, then the gradients of q, k, v and the softmax."""
+    batch, heads, places, width = query
+    return 2 * batch * heads * places * key[2] * (3 * width + 2 * value[3])
+
+
+def count_attention():
+    """Let torch count what attention becomes on a CPU, which not every torch knows by itself."""
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    for operator, formula in ((forward, attention), (backward, attention_backward)):
+        if operator not in flop_registry:
+            register_flop_formula(operator)(formula)
+
+
+count_attention()
 
 
 class LiveStorages(TorchDispatchMode):
