@@ -17,8 +17,9 @@ import transformers
 
 import rewards
 import vader
-from conftest import command, load
-from vader import TOY, Config
+from conftest import checked, command, load
+from extras.prompts import check_prompts
+from vader import TOY, BadInput, Config
 
 
 @pytest.fixture
@@ -100,6 +101,39 @@ def test_white_is_white_and_black_is_black_in_a_video(tmp_path):
     assert means.tolist() == pytest.approx([0, 0.5, 1], abs=0.02)
 
 
+# ---- What is refused, and what is said ---------------------------------------------------------------------
+def test_what_is_said_of_prompts(tmp_path, capsys):
+    """Nothing where each stands once, though some are held out; and up to where the model reads them."""
+    lines = [f"a cat, number {n}" for n in range(20)]
+    for long, said in ("", ""), ("a cat " * 500, "1 prompts are cut at 512 tokens, the first is 'a cat a"):
+        (tmp_path / "some.txt").write_text("\n".join([*lines, long]))
+        capsys.readouterr()
+        check_prompts(vader.resolve(Config(model="tiny-wan", prompts=str(tmp_path / "some.txt"))))
+        out = capsys.readouterr().out
+        assert out.startswith(said) and out.count("\n") == bool(said)
+
+
+def test_a_vae_of_another_scale_is_refused(small, tmp_path):
+    shutil.copytree(small, tmp_path / "model")
+    config = json.loads((file := tmp_path / "model" / "vae" / "config.json").read_text())
+    file.write_text(json.dumps(config | {"block_out_channels": [8, 16, 32]}))
+    with pytest.raises(BadInput, match="its VAE's scale is not 8"):
+        checked(Config(model=str(tmp_path / "model")))
+
+
+def test_a_gpu_that_is_full_is_no_damaged_file():
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError) as raised, rewards.as_bad_input("f is damaged"):
+        raise error
+    assert raised.value is error
+
+
+def test_false_is_a_value_of_a_setting():
+    for given, resolved in ((None, True), (True, True), (False, False)):
+        cfg = vader.resolve(Config(model="tiny", device="mps", checkpointing=given))
+        assert cfg.checkpointing is resolved
+
+
 # ---- Resume ------------------------------------------------------------------------------------------------
 def test_a_resumed_run_knows_how_many_updates_were_skipped(quick):
     calls = []
@@ -112,6 +146,15 @@ def test_a_resumed_run_knows_how_many_updates_were_skipped(quick):
     assert [row["skipped"] for row in rows] == [0, 1]
     rows, _ = go(quick, "skips", reward, steps=4, resume=True)
     assert [row["skipped"] for row in rows] == [0, 1, 1, 1]
+
+
+def test_a_run_that_has_lost_rows_is_not_gone_on_with(quick):
+    rows, out = go(quick, "lost", steps=2)
+    file = out / "metrics.jsonl"
+    file.write_text(file.read_text().splitlines(keepends=True)[0])
+    with pytest.raises(BadInput, match="has lost rows of its metrics.jsonl: go on with --lora"):
+        go(quick, "lost", steps=3, resume=True)
+    assert vader.read_metrics(out) == rows[:1]
 
 
 def test_a_resumed_run_has_the_scale_of_fp16_that_it_had(quick, monkeypatch):
@@ -189,6 +232,19 @@ def test_frames_of_svd_that_are_no_neighbours_are_decoded_alone():
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
     neighbours = run.model.decode(latents, [2, 3])
     assert (neighbours - alone[:, 1:]).abs().mean() > 1e-3  # so it matters
+
+
+@pytest.mark.parametrize("kind, clips", [("wan", None), ("tiny-i2v", 2), ("ltx", 2)])
+def test_a_frame_is_in_the_latent_frame_that_is_decoded_to_it(kind, clips, checkpoints, settings):
+    folder = kind if kind == "tiny-i2v" else str(checkpoints(kind))
+    frames = 9 * (clips or 1)
+    cfg = replace(settings, model=folder, num_frames=frames, clips=clips, height=64, width=96, mode="sample")
+    prompts = vader.read_prompts(str(vader.HERE / "tiny" / "images.jsonl"))[:1]
+    model = load(cfg, randomise=False, prompts=prompts).model
+    latents = torch.randn(1, *model.latent_shape(cfg))
+    held = [len(model.decode(latents, [n])[0]) for n in range(latents.shape[2])]
+    of_frames = [n for n, count in enumerate(held) for _ in range(count)]
+    assert [model.latent_frame(frame) for frame in range(frames)] == of_frames
 
 
 # ---- Rewards -----------------------------------------------------------------------------------------------
