@@ -31,5 +31,3 @@ def install(run, reward_networks: list):
 
     model.denoise = with_networks(model.denoise, "denoising")
     model.decode = with_networks(model.decode, "scoring")
-    if hasattr(model, "start"):  # which encodes a picture
-        model.start = with_networks(model.start, "scoring")
