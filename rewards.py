@@ -63,7 +63,7 @@ def evenly_spaced(n, size):
 def preprocess(frames, size, mean, std, short_side=False, crop=None, mode="bicubic"):
     """Frames as a network wants them: resized with antialiasing, cropped, normalised; differentiable.
     frames: (..., 3, H, W) in [0, 1] -> (n, 3, h, w). size: (h, w), or the side of a square, to squash to.
-    With short_side size is the shorter side's, the shape is kept. crop: the side of a square in the middle."""
+    With short_side size is the shorter side's, the shape is kept. crop: side of a square in the middle."""
     pictures = exact(frames).flatten(0, -4)
     height, width = pictures.shape[-2:]
     if short_side:
