@@ -836,9 +836,9 @@ def resolve(cfg: Config, reward=None) -> Config:
     if reward:
         cfg = replace(cfg, reward=getattr(reward, "__name__", "custom"))
     if cfg.lora:
-        from extras.lora import adapter_settings
+        from extras.lora import with_lora
 
-        cfg = fill_in(cfg, **adapter_settings(cfg.lora))
+        cfg = with_lora(cfg)
     family, _, preset = find_model(cfg.model)
     preset = preset | {"num_frames": preset["num_frames"] * (cfg.clips or 1)}
     cfg = fill_in(cfg, **preset, checkpointing=cfg.device != "cpu", grad_steps=family.grad_steps)

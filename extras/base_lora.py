@@ -1,34 +1,39 @@
 """The frozen base, before a LoRA is trained on it: --base_lora is fused in, --quantize makes it small."""
 
-import math
-import os
+import re
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
-import diffusers
 import peft
 import torch
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import load_file
 
+from extras import stock_lora
+from extras.find_lora import find_lora, is_peft
 from extras.lora import build_on_meta, check_matrices, expected_matrices, read_lora
 from extras.lora_files import public_name
-from rewards import BadInput, as_bad_input, asking_hub, fetch, list_hub, read_json, require
+from rewards import as_bad_input, read_json, require
 
 FLAG = "--base_lora"
-NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEFT's, diffusers'
 PEFT_PREFIX = "base_model.model."  # of the matrices' names in PEFT's files
+
+# What is no plain LoRA, by a part of its names. diffusers drops or refuses most of these.
+KINDS = {"dora_scale": "DoRA", "lora_magnitude_vector": "DoRA", ".hada_": "LoHa", ".lokr_": "LoKr"}
+KINDS |= {".lora_mid.": "LoCon of Tucker's form", ".oft_": "OFT"}
 
 
 def prepare(model, cfg):
     """Fuse --base_lora into the model's denoiser, and set model.base_lora to its name; then --quantize it."""
     if cfg.base_lora:
         family = type(model)
-        config, state = read_base(cfg.base_lora, family, build_on_meta(family, model.source))
-        adapted = peft.get_peft_model(model.denoiser, config)
-        peft.set_peft_model_state_dict(adapted, state)
-        model.denoiser = adapted.merge_and_unload().eval().requires_grad_(False)
+        base = read_base(cfg.base_lora, family, build_on_meta(family, model.source))
+        if base.config:
+            adapted = peft.get_peft_model(model.denoiser, base.config)
+            peft.set_peft_model_state_dict(adapted, base.matrices)
+            model.denoiser = adapted.merge_and_unload().eval().requires_grad_(False)
+        else:
+            stock_lora.fuse(f"{FLAG} {cfg.base_lora}", base.source, model)
         model.base_lora = public_name(cfg.base_lora)
     if cfg.quantize != "none":
         quantize(model.denoiser, cfg.quantize, model.dtype)
@@ -53,108 +58,59 @@ def warn_of_other_base(lora: str, base_lora: str | None):
 
 
 # ---- Reading --base_lora -----------------------------------------------------------------------------------
-def find_lora(source: str) -> Path:
-    """The file of a LoRA: a file, in a folder, or on the hub (owner/name, or owner/name/file).
+class Base(NamedTuple):
+    """What --base_lora names, after all checks."""
 
-    From the hub it is downloaded, with the adapter_config.json beside it. Raises BadInput.
-    """
-    if Path(source).is_file():
-        return Path(source)
-    if (Path(source) / "lora" / "adapter_config.json").is_file():  # a run's folder
-        source = f"{source}/lora"
-    if Path(source).is_dir():
-        place, name, names = source, "", os.listdir(source)
-    else:
-        place, name = split_hub_id(source)
-        with asking_hub(place, FLAG):
-            names = list_hub(place)
-    if not name:
-        name = pick_file(source, names)
-    config = str(Path(name).with_name("adapter_config.json"))
-    if config in names:
-        fetch(place, config, FLAG)  # to lie beside the other, in the cache
-    return fetch(place, name, FLAG)
+    source: Path | dict  # its file; or tensors, for stock's loader
+    config: peft.LoraConfig | None = None  # None: in a format that the model's stock pipeline loads
+    matrices: dict | None = None  # by PEFT's names, where there is a config
+    left_out: list[str] = []  # lines on what of the file is not for the denoiser
 
 
-def split_hub_id(source: str) -> tuple[str, str]:
-    """Split "owner/name/folder/file" into "owner/name" and "folder/file". Raises BadInput."""
-    owner, _, rest = source.partition("/")
-    name, _, file = rest.partition("/")
-    repository = f"{owner}/{name}"
-    try:
-        validate_repo_id(repository)
-    except HFValidationError:
-        raise BadInput(f"{FLAG} {source}: no such file or folder, and no hub id") from None
-    return repository, file
+def check_base(source: str, family, denoiser):
+    """Read --base_lora and print what is left out of it. Raises BadInput as `read_base` does."""
+    for line in read_base(source, family, denoiser).left_out:
+        print(line)
 
 
-def pick_file(source: str, names: list[str]) -> str:
-    """Which of a folder's files is the LoRA: one named as PEFT or diffusers do, else the only one."""
-    files = [name for name in names if name.endswith(".safetensors")]
-    require(files, f"{FLAG} {source}: there is no .safetensors file")
-    for name in NAMES:
-        if name in files:
-            return name
-    require(len(files) == 1, f"{FLAG} {source} has several files: give one, as {source}/{files[0]}")
-    return files[0]
-
-
-def read_base(source: str, family, denoiser) -> tuple[peft.LoraConfig, dict]:
-    """A LoRA in PEFT's format, or in one that diffusers knows for the model: its config and matrices.
+def read_base(source: str, family, denoiser) -> Base:
+    """A LoRA in PEFT's format, or in one that the model's pipeline in diffusers reads.
 
     family: a model's class. denoiser: its denoiser without weights. Raises BadInput for a LoRA of another
-    model, with missing or odd matrices, or with numbers that are not finite.
+    model, with missing or odd matrices, with numbers that are not finite, or of a kind that there is no code
+    for.
     """
-    file = find_lora(source)
+    file = find_lora(source, FLAG)
     where = f"{FLAG} {source}"
-    if file.name == "adapter_model.safetensors" and file.with_name("adapter_config.json").is_file():
-        return read_lora(str(file.parent), FLAG, denoiser)
+    if is_peft(file):
+        return Base(file, *read_lora(str(file.parent), FLAG, denoiser))
+    require(file.suffix == ".safetensors", f"{where}: give a .safetensors file")
     with as_bad_input(f"{where} is damaged, or no LoRA"):
         state = load_file(file)
-    state, alphas = convert(where, state, family)
+    check_kind(where, state)
+    check_alphas(where, state)
+    is_plain = any(key.startswith(PEFT_PREFIX) for key in state)
+    if is_plain or not family.lora_pipeline:
+        return Base(file, *read_plain(where, state, family, denoiser))
+    loaded, left_out = stock_lora.check(where, file, state, family, denoiser)
+    return Base(loaded, left_out=left_out)
+
+
+def read_plain(where: str, state: dict, family, denoiser) -> tuple[peft.LoraConfig, dict]:
+    """Config and matrices of PEFT's file without its config: every layer is scaled by 1. Raises BadInput."""
     matrices, ranks = {}, {}
     for key, matrix in state.items():
         key = without_prefix(key, family)
         matrices[PEFT_PREFIX + key] = matrix
         if key.endswith(".lora_A.weight") and matrix.dim() > 1:
-            ranks[key.removesuffix(".lora_A.weight")] = len(matrix)
+            layer = key.removesuffix(".lora_A.weight")
+            ranks[f"^{re.escape(layer)}"] = len(matrix)
     require(ranks, f"{where}: there is no LoRA in it, in PEFT's format or the pipeline's in diffusers")
-    scales = dict(ranks)  # a layer without an alpha is scaled by 1
-    for key, alpha in alphas.items():
-        alpha = torch.as_tensor(alpha)
-        is_number = alpha.numel() == 1 and math.isfinite(alpha.item())
-        require(is_number, f"{where} is damaged: {key} is no number")
-        layer = without_prefix(key, family).removesuffix(".alpha")
-        if layer in ranks:
-            scales[layer] = alpha.item()
-    config = peft.LoraConfig(target_modules=list(ranks), rank_pattern=ranks, alpha_pattern=scales)
+    layers = "|".join(ranks)
+    config = peft.LoraConfig(target_modules=layers, rank_pattern=ranks, alpha_pattern=ranks)
     expected = expected_matrices(f"{where} was made for another model", config, denoiser)
     check_matrices(where, matrices, expected)
     return config, matrices
-
-
-def convert(where: str, state: dict, family) -> tuple[dict, dict]:
-    """A file's tensors -> the matrices by PEFT's names, and the alphas, by diffusers. Raises BadInput."""
-    alphas = {}
-    is_peft = any(key.startswith(PEFT_PREFIX) for key in state)
-    if is_peft or not family.lora_pipeline:
-        return state, alphas
-    problem = f"{where} is in a format that there is no code for"
-    with as_bad_input(problem):
-        converted = family.lora_pipeline.lora_state_dict(state)
-    if isinstance(converted, tuple):  # with a dictionary of alphas, or None
-        converted, alphas = converted
-        alphas = dict(alphas or {})
-    matrices = {}
-    for key, value in converted.items():
-        if key.endswith(".alpha"):
-            alphas[key] = value
-        else:
-            matrices[key] = value
-    if family.folder == "unet":
-        with as_bad_input(problem):
-            matrices = diffusers.utils.convert_unet_state_dict_to_peft(matrices)
-    return matrices, alphas
 
 
 def without_prefix(key: str, family) -> str:
@@ -163,6 +119,24 @@ def without_prefix(key: str, family) -> str:
         if key.startswith(prefix):
             return key.removeprefix(prefix)
     return key
+
+
+def check_kind(where: str, state: dict):
+    """Raises BadInput for a file of another kind than LoRA, by the names in it."""
+    for key in state:
+        for part, kind in KINDS.items():
+            require(part not in key, f"{where} is a {kind}, for which there is no code: it has {key}")
+
+
+def check_alphas(where: str, state: dict):
+    """Raises BadInput unless each alpha of a file is a number above 0, of a layer that has matrices."""
+    layers = {key.split(".lora_")[0] for key in state}
+    for key, alpha in state.items():
+        if key.endswith(".alpha"):
+            is_number = alpha.numel() == 1 and 0 < alpha.item() <= 1e6
+            require(is_number, f"{where} is damaged: {key} is no number from 0 to 1e6")
+            layer = key.removesuffix(".alpha")
+            require(layer in layers, f"{where} is damaged: there is no matrix for {key}")
 
 
 # ---- --quantize --------------------------------------------------------------------------------------------

@@ -80,10 +80,10 @@ def check_device(device: str):
 def check_loras(cfg: Config, full: Config, family: type[VideoModel], source: str):
     """Do --lora, --base_lora and --lora_targets fit the denoiser?"""
     if full.base_lora:
-        base_lora.read_base(full.base_lora, family, lora.build_on_meta(family, source))
+        base_lora.check_base(full.base_lora, family, lora.build_on_meta(family, source))
     if cfg.lora:
         lora.check_lora(cfg, lora.build_on_meta(family, source))
-        base_lora.warn_of_other_base(cfg.lora, full.base_lora)
+        base_lora.warn_of_other_base(lora.find_folder(cfg.lora), full.base_lora)
         if cfg.mode == "train":
             print(f"base: {cfg.lora}, which training begins from, and gains are counted from")
     elif cfg.lora_targets:

@@ -1,14 +1,33 @@
 """--lora: what a trained LoRA must be before a model loads."""
 
+import contextlib
+import dataclasses
 import warnings
 from pathlib import Path
 
+import diffusers
 import peft
 import torch
 from safetensors.torch import load_file
 
+from extras.find_lora import find_lora, is_peft
 from rewards import as_bad_input, read_json, require
-from vader import VideoModel, read_config
+from vader import VideoModel, fill_in, read_config
+
+OTHER_TRAINING = {"bias": "biases", "modules_to_save": "whole layers", "use_dora": "DoRA"}
+
+
+@contextlib.contextmanager
+def quiet():
+    """Inside, diffusers and PEFT don't warn, nor log what they raise as well."""
+    verbosity = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        diffusers.utils.logging.set_verbosity(verbosity)
 
 
 def build_on_meta(family: type[VideoModel], source: str) -> torch.nn.Module:
@@ -33,8 +52,7 @@ def read_lora(folder: str, flag: str, denoiser) -> tuple[peft.LoraConfig, dict]:
         require(file.is_file(), f"{where}: there is no {file.name}: give a run's lora folder")
     check_config(where, read_json(config_file))
     problem = f"{where} is damaged, or made for another model"
-    with as_bad_input(problem), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of settings that it does not know
+    with as_bad_input(problem), quiet():  # PEFT warns of settings that it does not know
         config = peft.PeftConfig.from_pretrained(folder)
         state = load_file(weights_file)
     config.base_model_name_or_path = None
@@ -50,13 +68,27 @@ def check_config(where: str, config: dict):
     allowed = type(alpha) in (int, float) and 0 < alpha <= 1e6
     require(allowed, f"{where}: lora_alpha of its adapter_config.json is {alpha!r}: give one from 0 to 1e6")
     targets = config.get("target_modules")
-    require(type(targets) is list, f"{where}: target_modules must be a list of names")
+    is_list = type(targets) is list
+    require(
+        is_list, f"{where}: target_modules is {targets!r}, a regular expression: it must be a list of names"
+    )
     rank = config.get("r")
     allowed = type(rank) is int and 0 < rank <= 1024
     require(allowed, f"{where}: r of its adapter_config.json is {rank!r}: give one from 1 to 1024")
-    for name in ("bias", "modules_to_save", "use_dora"):
+    check_training(where, config)
+
+
+def check_training(where: str, config: dict):
+    """Raises BadInput for a LoRA that by its config trained more than matrices, or changed the base."""
+    for name, kind in OTHER_TRAINING.items():
         is_off = config.get(name) in (None, False, "none")
-        require(is_off, f"{where}: there is no code for {name} of its adapter_config.json")
+        require(is_off, f"{where} has {kind}: there is no code for {name} of its config")
+    start = config.get("init_lora_weights")
+    keeps_base = start in (None, True, False, "gaussian", "orthogonal", "eva")
+    require(
+        keeps_base,
+        f"{where} begins from {start!r} (init_lora_weights), which changes the base: no code for it",
+    )
 
 
 def expected_matrices(problem: str, config: peft.LoraConfig, denoiser) -> dict:
@@ -64,8 +96,7 @@ def expected_matrices(problem: str, config: peft.LoraConfig, denoiser) -> dict:
 
     Raises BadInput, which begins with `problem`, when the config does not fit the denoiser.
     """
-    with as_bad_input(problem), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT warns of what does not fit, which is an error here
+    with as_bad_input(problem), quiet():  # PEFT warns of what does not fit, which is an error here
         adapted = peft.get_peft_model(denoiser, config)
         return peft.get_peft_model_state_dict(adapted)
 
@@ -86,6 +117,26 @@ def is_like(matrix, expected) -> bool:
     return bool(matrix.isfinite().all())
 
 
+def find_folder(source: str) -> str:
+    """The folder of PEFT's files that --lora names: itself, in a run's, or from the hub. Raises BadInput."""
+    if (Path(source) / "adapter_config.json").is_file():
+        return source
+    file = find_lora(source, "--lora")
+    advice = "give a run's lora folder, or one with adapter_config.json and adapter_model.safetensors"
+    require(
+        is_peft(file),
+        f"--lora {source}: {file.name} is not in PEFT's format, as --base_lora may be: {advice}",
+    )
+    return str(file.parent)
+
+
+def with_lora(cfg):
+    """cfg with the folder of its --lora, and that LoRA's settings where it has none. Raises BadInput."""
+    folder = find_folder(cfg.lora)
+    cfg = dataclasses.replace(cfg, lora=folder)
+    return fill_in(cfg, **adapter_settings(folder))
+
+
 def adapter_settings(folder: str) -> dict:
     """The rank, alpha and targets of the LoRA in a folder, as settings."""
     config = read_json(Path(folder) / "adapter_config.json")
@@ -98,8 +149,9 @@ def check_lora(cfg, denoiser):
 
     denoiser: without weights.
     """
-    read_lora(cfg.lora, "--lora", denoiser)
-    for name, value in adapter_settings(cfg.lora).items():
+    folder = find_folder(cfg.lora)
+    read_lora(folder, "--lora", denoiser)
+    for name, value in adapter_settings(folder).items():
         wanted = getattr(cfg, name)
         same = wanted is None or split_names(wanted) == split_names(value)
         require(same, f"--{name} {wanted}: the LoRA in --lora has {value}, leave the flag out")
