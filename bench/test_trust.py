@@ -147,6 +147,23 @@ def test_a_base_lora_may_be_on_the_hub(mocked_hub, tmp_path, settings):
         checked(replace(settings, base_lora="some/model/nosuch.safetensors"))
 
 
+def test_a_lora_may_be_on_the_hub(mocked_hub, tmp_path, settings):
+    run = load(replace(settings, lora_alpha=7))
+    vader.save_lora(run.model, tmp_path / "repo")
+    cfg = replace(settings, mode="sample", lora="some/model", lora_rank=None)
+    again = load(cfg, randomise=False)
+    assert (again.cfg.lora, again.cfg.lora_alpha) == (str(tmp_path / "cache"), 7)
+    ours, loaded = (vader.lora_parameters(one.model) for one in (run, again))
+    assert all(torch.equal(w, loaded[name]) for name, w in ours.items())
+    for folder in ("repo", "cache"):
+        (tmp_path / folder / "adapter_config.json").unlink()
+    rewards.list_hub.cache_clear()
+    with pytest.raises(
+        BadInput, match="--lora some/model: .* not in PEFT's format.*give a run's lora folder"
+    ):
+        checked(cfg)
+
+
 def test_a_folder_that_holds_fp16_files_only_loads(tmp_path, settings, small):
     shutil.copytree(small, tmp_path / "model")
     for file in [*(tmp_path / "model").rglob("*.safetensors")]:
