@@ -89,7 +89,7 @@ class Config:
     prompts: str = arg("prompts.txt", "a text file, a prompt a line (not # lines), or .jsonl with images")
     model: str = arg("auto", "a short name, hub id or folder; auto: modelscope on a CUDA GPU, else tiny-few")
     mode: Literal["train", "sample", "eval"] = arg("train", "sample: make videos; eval: score base and tuned")
-    lora: str | None = arg(None, "a trained LoRA's folder, a run's, a hub id: to sample, score, start from")
+    lora: str | None = arg(None, "folder or hub id of a LoRA: to sample, to score, or to start training from")
     base_lora: str | None = arg(None, "LoRA that is fused into the base, for few steps or a style")
     out: str | None = arg(None, "output folder; default runs/<reward>-<model>, runs/<mode>-<reward>-<model>")
     resume: bool = arg(False, "go on with the run in --out, with the same settings (how long may change)")

@@ -218,7 +218,7 @@ def loras(work):
     for words in (["--mode", mode, "--lora"] for mode in ("train", "sample")):
         for what in harmed(work / "run" / "lora", work / "lora"):
             yield f"{words[1]}: {what}", [*words, work / "lora"], str(work / "lora")
-        for place in ("nosuch", "good.txt", "run", TINY / "t2v", "wan/lora"):
+        for place in ("nosuch", "good.txt", "run/checkpoint", TINY / "t2v", "wan/lora"):
             yield f"{words[1]}: {place}", [*words, work / place], "--lora"
 
 

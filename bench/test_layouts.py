@@ -315,7 +315,7 @@ def test_what_does_not_fit_or_nothing_takes_is_named(family_run, tmp_path):
     )
     nobody = {f"lora_unet_nobody.lora_{end}.weight": torch.ones(4, 4) for end in ("down", "up")}
     refused(run, state | nobody, "another model", file)
-    for alpha in (0.0, -1.0, float("nan"), float("inf")):
+    for alpha in (0.0, -1.0, float("nan"), float("inf"), 1j):
         refused(run, state | {f"{layer}.alpha": torch.tensor(alpha)}, f"{layer}.alpha is no number", file)
     mixed = {f"{name}.alpha": torch.tensor(float(n + 1)) for n, name in enumerate(layers)}
     refused(run, state | mixed, "several alphas, and diffusers would take 1.5 for .*to_q, not", file)

@@ -133,7 +133,7 @@ def check_alphas(where: str, state: dict):
     layers = {key.split(".lora_")[0] for key in state}
     for key, alpha in state.items():
         if key.endswith(".alpha"):
-            is_number = alpha.numel() == 1 and 0 < alpha.item() <= 1e6
+            is_number = alpha.numel() == 1 and not alpha.is_complex() and 0 < alpha.item() <= 1e6
             require(is_number, f"{where} is damaged: {key} is no number from 0 to 1e6")
             layer = key.removesuffix(".alpha")
             require(layer in layers, f"{where} is damaged: there is no matrix for {key}")
