@@ -253,6 +253,8 @@ def test_an_alpha_that_stock_refuses_counts(family_run, tmp_path):
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         stock_pipeline("ltx", run.cfg).load_lora_weights(tmp_path, weight_name=file.name)
     fused = load(replace(run.cfg, base_lora=str(file)), randomise=False).model.denoiser.state_dict()
+    told = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 2})  # which of the two counts?
+    refused(run, state, "Invalid LoRA checkpoint", file, {"lora_adapter_metadata": told})
     base = run.model.denoiser.state_dict()
     for name, (down, up) in draw(run.model.denoiser, ATTENTION).items():
         expected = base[f"{name}.weight"] + ALPHA / RANK * up @ down

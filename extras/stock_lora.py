@@ -36,7 +36,8 @@ def check(where: str, file: Path, tensors: dict, family, denoiser) -> tuple[Path
     converted, *alphas, metadata = convert(where, file, family)
     matrices = rename(converted, family)
     source = file
-    if any(key.endswith(".alpha") for key in matrices):  # which stock would refuse
+    has_alphas = any(key.endswith(".alpha") for key in matrices)  # which stock would refuse
+    if has_alphas and not metadata:
         source = multiply_alphas(where, tensors)
         converted, *alphas, metadata = convert(where, source, family)
         matrices = rename(converted, family)
