@@ -717,8 +717,8 @@ def write_page(cfg: Config, rows: list[dict]):
 
 # ---- 8. Files and resume -----------------------------------------------------------------------------------
 def ranks() -> tuple[int, int]:
-    """This process's number, and how many there are, as torchrun tells them."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    """This process's number, and how many there are, by torchrun; a stray RANK alone means nothing."""
+    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "MASTER_ADDR" in os.environ else (0, 1)
 
 
 def write_atomic(path: Path, content: str | bytes):

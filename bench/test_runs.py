@@ -94,7 +94,7 @@ def test_other_prompts_another_reward_or_number_of_processes_are_refused(copied,
         vader.train(replace(copied, prompts=str(tmp_path / "edited.txt"), steps=3))
     with pytest.raises(BadInput, match="started with --reward colorful"):
         vader.train(copied, reward=light)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(vader, "ranks", lambda: (0, 2))
     with pytest.raises(BadInput, match="started with 1 processes"):
         vader.train(copied)
 
@@ -193,6 +193,14 @@ def test_a_folder_that_can_not_be_written_is_one_line(settings, tmp_path, monkey
     for out in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run", "/dev/null"):
         with pytest.raises(BadInput, match="--out"):
             vader.train(replace(settings, out=str(out)))
+
+
+@pytest.mark.parametrize("stray", [dict(RANK="1"), dict(WORLD_SIZE="4"), dict(RANK="x", WORLD_SIZE="")])
+def test_stray_variables_of_a_batch_system_are_no_processes(stray, settings, monkeypatch):
+    for name, value in stray.items():
+        monkeypatch.setenv(name, value)
+    vader.train(replace(settings, steps=1, eval_videos=0))
+    assert (Path(settings.out) / "lora" / "adapter_model.safetensors").exists()
 
 
 # ---- Rewards that go wrong ---------------------------------------------------------------------------------

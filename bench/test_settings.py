@@ -391,6 +391,7 @@ def test_evaluation_has_noise_of_its_own_each_time_the_same(quick, seen, monkeyp
     for name in ("init_process_group", "barrier", "all_reduce", "destroy_process_group"):
         monkeypatch.setattr(torch.distributed, name, lambda *args, **kwargs: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         go(quick, reward, **how)
