@@ -413,9 +413,10 @@ class Batch(NamedTuple):
 def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trained=(), scale=1.0) -> Batch:
     """A Batch, with the embeddings of its prompts out of run.conds."""
     cond = default_collate([run.conds[prompt] for prompt in prompts])
-    empty = default_collate([run.conds[Prompt(run.cfg.negative_prompt)]] * len(prompts))
-    # The negative prompt replaces the text alone: an image is given to both guidance branches.
-    return Batch(prompts, noise, cond, cond | empty, generator, picks, trained, scale, [])
+    uncond = dict(cond)  # but for the text: an image is given to both guidance branches
+    for name, value in run.conds[Prompt(run.cfg.negative_prompt)].items():
+        uncond[name] = value.expand(len(prompts), *value.shape)
+    return Batch(prompts, noise, cond, uncond, generator, picks, trained, scale, [])
 
 
 def pick_latent_frames(run: Run, generator) -> list[int]:
@@ -688,8 +689,8 @@ def evaluate_once(run: Run, prompts, step: int):
         if step == 0 and not np.isfinite(result["reward"]).all():
             raise FloatingPointError(f"{cfg.reward} of the videos before training is not finite")
         append_metrics(cfg, {"step": step, "eval": result})
-        first = evaluations[min(evaluations)]
-        print(f"update {step}: held-out reward {summary(first['reward'], result['reward'])}")
+        base = evaluations[min(evaluations)]["reward"]
+        print(f"update {step}: held-out reward {summary(base, result['reward'])}")
     write_page(cfg, read_metrics(out))
 
 
@@ -761,14 +762,13 @@ def run_settings(cfg: Config, prompts: list[Prompt]) -> dict:
 
 def save_lora(model: VideoModel, folder: Path, cfg: Config | None = None):
     """Write the LoRA as PEFT does; extras/ adds a card, and files for stock diffusers and ComfyUI."""
-    with tempfile.TemporaryDirectory() as name:
-        made = Path(name)
+    with tempfile.TemporaryDirectory() as made:
         model.denoiser.save_pretrained(made, save_embedding_layers=False)
         if EXTRAS.is_dir():
             from extras import lora_files
 
-            lora_files.add_files(model, made, cfg)
-        for file in made.iterdir():  # written anew, as safetensors makes files that only their owner reads
+            lora_files.add_files(model, Path(made), cfg)
+        for file in Path(made).iterdir():  # written anew: safetensors makes files for their owner alone
             write_atomic(folder / file.name, file.read_bytes())
 
 
