@@ -121,6 +121,9 @@ def find_folder(source: str) -> str:
     """The folder of PEFT's files that --lora names: itself, in a run's, or from the hub. Raises BadInput."""
     if (Path(source) / "adapter_config.json").is_file():
         return source
+    is_run = (Path(source) / "lora" / "adapter_config.json").is_file()
+    problem = f"--lora {source}: there is no adapter_config.json: give a run's lora folder"
+    require(is_run or not Path(source).is_dir(), problem)
     file = find_lora(source, "--lora")
     advice = "give a run's lora folder, or one with adapter_config.json and adapter_model.safetensors"
     require(
