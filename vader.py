@@ -717,7 +717,7 @@ def write_page(cfg: Config, rows: list[dict]):
 
 
 # ---- 8. Files and resume -----------------------------------------------------------------------------------
-def ranks() -> tuple[int, int]:
+def ranks() -> tuple:
     """This process's number, and how many there are, by torchrun; a stray RANK alone means nothing."""
     return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "MASTER_ADDR" in os.environ else (0, 1)
 
