@@ -130,6 +130,8 @@ def check_reward(cfg: Config, reward=None):
         if weight:
             names.append(name)
     require(names, f"--reward {cfg.reward}: all weights are 0, give one another")
+    large = min(cfg.height, cfg.width) >= 16 or "compressible" not in names
+    require(large, "--reward compressible needs frames of 16 x 16 pixels: raise --height or --width")
     require("ask" in names or not cfg.vlm, "--vlm is for the reward ask: leave it out")
     if cfg.reward_weights:
         folders = [name for name in rewards.REWARDS if Path(cfg.reward_weights, name).is_dir()]

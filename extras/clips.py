@@ -19,7 +19,8 @@ def chain(family, cfg):
     Settings without clips are to it those of one clip. Raises BadInput unless the family makes videos from
     images (has a method `start`), and clips of that length.
     """
-    require(hasattr(family, "start"), "--clips: this model starts from no image: svd, ltx, wan2.2-5b do")
+    has_start = hasattr(family, "start")
+    require(has_start, "--clips: this model starts from no image: svd, tiny-i2v, ltx, wan2.2-5b do")
     frames, left = divmod(cfg.num_frames, cfg.clips)
     require(left == 0, f"--num_frames {cfg.num_frames}: must be a multiple of --clips {cfg.clips}")
     group = family.frame_multiple
