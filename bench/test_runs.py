@@ -5,7 +5,6 @@ import itertools
 import math
 import random
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -26,7 +25,7 @@ from PIL import Image
 import rewards
 import vader
 from conftest import PROMPTS, batch, checked, command, load
-from extras import images
+from extras import images, resume
 from extras.prompts import check_prompts
 from vader import HERE, TOY, BadInput, Config, Prompt
 
@@ -125,24 +124,23 @@ def test_a_damaged_run_is_one_line_and_left_alone(name, how, copied):
 @pytest.mark.slow
 def test_a_flipped_bit_in_the_checkpoint_is_seen(copied):
     file, draw = Path(copied.out) / "checkpoint" / "state.pt", random.Random(0)
-    whole, true = file.read_bytes(), vader.find_checkpoint(*now(copied))[1]
+    whole, true = file.read_bytes(), torch.load(file, weights_only=True)
+    cfg = checked(copied)
+    prompts = [prompt for part in vader.split_prompts(cfg) for prompt in part]
+    resume.check_folder(cfg, prompts)  # whole, it is let pass
     refused = 0
     for _ in range(60):
         place, bit = draw.randrange(len(whole)), draw.randrange(8)
         file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
         try:
-            found = vader.find_checkpoint(*now(copied))[1]
+            resume.check_folder(cfg, prompts)
         except BadInput:
             refused += 1
         else:  # in what the zip format leaves unused
+            found = torch.load(file, weights_only=True)
             assert found["step"] == true["step"]
             assert all(torch.equal(found["lora"][name], w) for name, w in true["lora"].items())
     assert refused > 30
-
-
-def now(cfg):
-    cfg, _, family = checked(cfg)
-    return cfg, [prompt for part in vader.split_prompts(cfg, family) for prompt in part]
 
 
 def test_the_page_never_decides_whether_training_goes_on(copied, capsys):
@@ -254,13 +252,15 @@ def test_ctrl_c_is_one_line_at_any_time(mode, after, tmp_path):
         time.sleep(0.05)
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said and process.returncode == 130
-    last = said.splitlines()[-1]
-    assert last == "vader.py: stopped; training goes on with the same command and --resume"
+    ours = [
+        line for line in said.splitlines() if "vader.py" in line
+    ]  # ffmpeg may add a line
+    assert ours == ["vader.py: stopped; training goes on with the same command and --resume"] * len(ours)
+    assert ours
 
 
 @pytest.mark.slow
-def test_the_line_that_resumes_is_right_under_torchrun(settings):
-    """The launcher's own words, its arguments too."""
+def test_ctrl_c_is_a_line_under_torchrun(settings):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=1", "vader.py"]
     words = [*launcher, *command(replace(settings, steps=10_000, eval_videos=0))]
     process = subprocess.Popen(words, cwd=HERE, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -270,7 +270,7 @@ def test_the_line_that_resumes_is_right_under_torchrun(settings):
     (worker,) = [child for child in psutil.Process(process.pid).children() if "vader.py" in child.cmdline()]
     worker.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert f"vader.py: stopped; go on with: {shlex.join([*words, '--resume'])}\n" in said
+    assert "vader.py: stopped; training goes on with the same command and --resume\n" in said
 
 
 def test_train_works_in_a_thread(settings):
