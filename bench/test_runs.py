@@ -252,9 +252,7 @@ def test_ctrl_c_is_one_line_at_any_time(mode, after, tmp_path):
         time.sleep(0.05)
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said and process.returncode == 130
-    ours = [
-        line for line in said.splitlines() if "vader.py" in line
-    ]  # ffmpeg may add a line
+    ours = [line for line in said.splitlines() if "vader.py" in line]  # ffmpeg may add a line
     assert ours == ["vader.py: stopped; training goes on with the same command and --resume"] * len(ours)
     assert ours
 
