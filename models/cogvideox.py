@@ -92,8 +92,7 @@ class CogVideoX(VideoModel):
         for chunk in chunks:
             if chunk.start > picks[-1]:
                 break
-            is_picked = any(n in picks for n in chunk)
-            with torch.set_grad_enabled(graph and is_picked):
+            with torch.set_grad_enabled(graph and any(n in picks for n in chunk)):
                 piece = hidden[:, :, chunk.start : chunk.stop]
                 frames, cache = self.vae.decoder(piece, conv_cache=cache)
             sizes = [self.frames_per_latent] * len(chunk)
