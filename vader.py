@@ -103,7 +103,7 @@ class Config:
     num_inference_steps: int | None = arg(None, "denoising steps; cost time, not memory")
     guidance_scale: float | None = arg(None, "classifier-free guidance; 1 is off, half the time")
     eta: float = arg(0.0, "share of noise added at each DDIM step; 0 is deterministic")
-    timestep_spacing: Literal["trailing", "leading", "linspace"] = arg("trailing", "leading hardly moves")
+    timestep_spacing: Literal["trailing", "leading", "linspace"] = arg("trailing", "leading hardly trains")
     # the gradient and the reward
     backprop_steps: int = arg(1, "K, denoising steps that get a gradient; costs time, not memory")
     grad_steps: Literal["auto", "last", "spread", "strongest"] = arg("auto", "which K; auto: the model's")
