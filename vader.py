@@ -226,8 +226,8 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
         c = rescale(torch.ones_like(x), t).mean().item()
         a, b, s, large = scheduler.step(f, t, x, **kwargs).prev_sample.flatten().tolist()
         expected = a * x_large + b * f_large
-        is_linear = math.isclose(large, expected, rel_tol=1e-5, abs_tol=1e-5) and (eta or s == 0)
-        require(is_linear, "--model: its scheduler clips, draws noise or looks back: take another")
+        is_affine = math.isclose(large, expected, rel_tol=1e-5, abs_tol=1e-5) and (eta or s == 0)
+        require(is_affine, "--model: its scheduler clips, draws noise or looks back: take another")
         rows.append((a, b, c, s))
     tables = map(list, zip(*rows, strict=True))
     return Schedule(scheduler.timesteps, *tables, start=float(getattr(scheduler, "init_noise_sigma", 1)))
@@ -259,7 +259,7 @@ class VideoModel:
     folder = "transformer"  # of the denoiser in a checkpoint
     checkpointed = vae_checkpointed = ()  # names of the blocks whose activations are recomputed
     multiple = scale = 8  # what height and width are multiples of; how many pixels a latent pixel is wide
-    frame_multiple = frames_per_latent = 1  # the same of frames, after the first, which is a latent alone
+    frame_multiple = frames_per_latent = 1  # the same of frames less one: latent frame 0 holds frame 0 alone
     stochastic = False  # whether the sampler takes --eta
     grad_steps = "last"  # what --grad_steps auto is
     inputs = 1  # how many latents the denoiser takes, concatenated along channels
@@ -509,7 +509,7 @@ def walk_back(run: Run, batch: Batch, latents, g):
         if i not in batch.trained:
             g = a * g
             continue
-        x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)  # nobody needs it before
+        x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)  # where a step before trains
         for cond, share in branches:
             f = model.denoise(c * x, t, cond)
             f.backward(share * b * g)
