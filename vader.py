@@ -509,7 +509,7 @@ def walk_back(run: Run, batch: Batch, latents, g):
         if i not in batch.trained:
             g = a * g
             continue
-        x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)  # where a step before trains
+        x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)  # not for the first one
         for cond, share in branches:
             f = model.denoise(c * x, t, cond)
             f.backward(share * b * g)
