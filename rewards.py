@@ -156,6 +156,7 @@ def image_text_reward(network, embed_image, embed_text, scale=1.0):
 
     reward.frames = 1
     reward.networks = [network]
+    reward.text_direction = text_direction
     return reward
 
 
@@ -750,10 +751,8 @@ def load(kind, source, flag, subfolder="", dtype=None, device=None, more=()):
         made, info = kind.from_pretrained(str(folder), dtype=dtype, variant=variant, output_loading_info=True)
     odd = [*info["missing_keys"], *info["mismatched_keys"]]
     odd += [key for key in info["unexpected_keys"] if not key.startswith(more)]
-    require(
-        not odd,
-        f"{flag}: weights are missing or odd in {folder}, get it again: {', '.join(map(str, odd[:3]))}",
-    )
+    some = ", ".join(map(str, odd[:3]))
+    require(not odd, f"{flag}: weights are missing or odd in {folder}, get it again: {some}")
     check_finite(made, folder)
     return made if device is None else frozen(made, device, dtype)
 

@@ -42,7 +42,8 @@ from conftest import (
     python,
 )
 from extras.lora import build_on_meta, check_lora
-from vader import HERE, TOY, BadInput, Config, Prompt
+from rewards import BadInput
+from vader import HERE, TOY, Config, Prompt
 
 TINY = HERE / "tiny" / "t2v"
 README = (HERE / "README.md").read_text(encoding="utf-8")

@@ -1,7 +1,6 @@
 """VADER: align a video diffusion model with a differentiable reward (Prabhudesai et al., arXiv 2407.08737).
 
     python vader.py --reward aesthetic --prompts prompts.txt                         # train
-    python vader.py --mode sample --lora runs/aesthetic-tiny-few/lora                # make videos
 
 Make a video from noise without gradient and keep every step's latents. Score some frames, and pull the
 gradient through the reward and the VAE to the last latents. Walk the sampler back over the last K steps, one
@@ -19,19 +18,18 @@ be deleted: models/ (more models) and extras/ (the code of most flags, and the c
 """
 
 import contextlib
-import difflib
 import functools
 import hashlib
 import importlib
 import inspect
-import io
 import json
+import logging
 import math
 import os
 import re
 import signal
+import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -51,21 +49,23 @@ def stop(*_):
 
 if SCRIPT:  # before the imports, which take seconds
     signal.signal(signal.SIGINT, stop)
+    sys.stdout.reconfigure(errors="backslashreplace")  # of names that the terminal has no letters for
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # torchao is found too new or too old
+    logging.getLogger("torch.utils._pytree").setLevel("ERROR")
 
 import diffusers
-import imageio.v3 as iio
+import imageio_ffmpeg
 import numpy as np
 import peft
 import psutil
 import torch
 import torch.distributed as dist
 import transformers
-from filelock import FileLock
 from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import rewards
-from rewards import BadInput, evenly_spaced, require
+from rewards import evenly_spaced, require
 
 # Run or pasted, this module is called __main__. Without this line, models/ would import a second copy.
 sys.modules.setdefault("vader", sys.modules[__name__])
@@ -102,6 +102,7 @@ class Config:
     width: int | None = arg(None, "pixels, likewise")
     num_inference_steps: int | None = arg(None, "denoising steps; cost time, not memory")
     guidance_scale: float | None = arg(None, "classifier-free guidance; 1 is off, half the time")
+    fps: float | None = arg(None, "frames a second of the written videos, in which nothing else changes")
     eta: float = arg(0.0, "share of noise added at each DDIM step; 0 is deterministic")
     timestep_spacing: Literal["trailing", "leading", "linspace"] = arg("trailing", "leading hardly trains")
     # the gradient and the reward
@@ -134,6 +135,15 @@ class Config:
     push_to_hub: str | None = arg(None, "owner/name: where the LoRA goes at the end; public if it is new")
     device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto is cuda where there is one")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = arg("auto", "bf16 if the GPU can, else fp16; CPU fp32")
+
+    def __post_init__(self):
+        """Take a Path and numpy's numbers as well, and the home folder for a ~."""
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):
+                value = value.item()
+            if isinstance(value, str | Path):
+                value = os.path.expanduser(value)
+            setattr(self, name, value)
 
 
 # ---- 2. Prompts and randomness -----------------------------------------------------------------------------
@@ -169,7 +179,8 @@ def split_prompts(cfg: Config):
     else:
         every = min(10, len(prompts))
         held_out = prompts[every - 1 :: every]
-    trained = [prompt for prompt in prompts if prompt not in held_out]
+    left_out = set(held_out)
+    trained = [prompt for prompt in prompts if prompt not in left_out]
     return trained or prompts, held_out
 
 
@@ -177,6 +188,13 @@ def generator_for(*key) -> torch.Generator:
     """A CPU generator seeded by a hash of the key: any draw can be made again without saved state."""
     digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def drawn_prompts(prompts: list[Prompt], cfg: Config) -> list[Prompt]:
+    """Those that the batches of the whole run hold, so that no others are encoded."""
+    count = cfg.steps * cfg.grad_accum * cfg.batch_size * ranks()[1]
+    order = torch.randperm(len(prompts), generator=generator_for(cfg.seed, "order", 0))
+    return [prompts[n] for n in order[:count]]
 
 
 def batch_prompts(prompts: list[Prompt], cfg: Config, number: int) -> list[Prompt]:
@@ -265,6 +283,7 @@ class VideoModel:
     inputs = 1  # how many latents the denoiser takes, concatenated along channels
     max_tokens = None  # how much of a prompt is read; None: what the tokenizer says
     images = "no"  # whether a video starts from an image: no, may, must
+    fps = 8  # frames a second, as the model was trained
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
@@ -278,9 +297,17 @@ class VideoModel:
 
     @torch.no_grad()
     def encode(self, prompts: list[Prompt], cfg: Config) -> dict:
-        """The text embeddings of each prompt, by the stock pipeline, which is freed with this function."""
+        """The text embeddings of each prompt, in host memory, by the stock pipeline, which is then freed."""
         pipe = self.stock(self.text_pipeline, "text_encoder", "tokenizer")
-        return {prompt: self.encode_text(pipe, prompt.text) for prompt in prompts}
+        conds = {}
+        for first in range(0, len(prompts), 4):
+            chosen = prompts[first : first + 4]
+            texts = [prompt.text for prompt in chosen]
+            texts += [""] * (4 - len(texts))  # numbers depend, a little, on how many are encoded together
+            embeds = self.encode_text(pipe, texts)
+            for n, prompt in enumerate(chosen):
+                conds[prompt] = {name: value[n].cpu() for name, value in embeds.items()}
+        return conds
 
     def stock(self, pipeline: type, *names: str):
         """Build a stock pipeline, on the device, that has only the named parts. Raises BadInput."""
@@ -329,7 +356,7 @@ class VideoModel:
 # Defaults that models share: those with published weights, and those in tiny/.
 PUBLISHED = dict(steps=200, eval_every=50, lr=2e-4, batch_size=1, grad_accum=4, lora_rank=16)
 TINY = dict(steps=50, eval_every=25, lr=1e-3, batch_size=2, grad_accum=1, lora_rank=8)
-TINY |= dict(num_inference_steps=10, height=64, width=64, rewards=TOY)
+TINY |= dict(num_inference_steps=10, height=64, width=64, fps=8, rewards=TOY)
 
 
 class TextToVideoUNet(VideoModel):
@@ -356,10 +383,10 @@ class TextToVideoUNet(VideoModel):
         scheduler.set_timesteps(cfg.num_inference_steps)
         return tabulate(scheduler, cfg.eta)
 
-    def encode_text(self, pipe, text: str) -> dict:
-        """Text embeddings as keyword arguments of the denoiser, without batch dimension."""
-        embeds, _ = pipe.encode_prompt(text, self.device, 1, False)
-        return {"encoder_hidden_states": embeds[0]}  # (tokens, D)
+    def encode_text(self, pipe, texts: list[str]) -> dict:
+        """Text embeddings as keyword arguments of the denoiser, {name: (B, tokens, D)}."""
+        embeds, _ = pipe.encode_prompt(texts, self.device, 1, False)
+        return {"encoder_hidden_states": embeds}
 
     def decode(self, latents, picks):
         """Decode the latent frames picks of latents (B, C, F, H, W) -> frames (B, N, 3, H, W) in [0, 1]."""
@@ -412,10 +439,12 @@ class Batch(NamedTuple):
 
 def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trained=(), scale=1.0) -> Batch:
     """A Batch, with the embeddings of its prompts out of run.conds."""
+    empty = run.conds[Prompt(run.cfg.negative_prompt)]
     cond = default_collate([run.conds[prompt] for prompt in prompts])
-    uncond = dict(cond)  # but for the text: an image is given to both guidance branches
-    for name, value in run.conds[Prompt(run.cfg.negative_prompt)].items():
-        uncond[name] = value.expand(len(prompts), *value.shape)
+    uncond = cond | default_collate([empty] * len(prompts))  # an image is given to both guidance branches
+    for branch in (cond, uncond):
+        for name, value in branch.items():
+            branch[name] = value.to(run.model.device)
     return Batch(prompts, noise, cond, uncond, generator, picks, trained, scale, [])
 
 
@@ -567,7 +596,6 @@ def update(run: Run, prompts, step: int, optimizer) -> dict:
     if math.isfinite(norm):
         run.scaler.step(optimizer)
     run.scaler.update()
-
     row["prompts"] = [prompt.text for prompt in chosen]
     memory = torch.cuda.max_memory_reserved() if on_cuda else psutil.Process().memory_info().rss
     return row | {"grad_norm": norm, "seconds": time.time() - start, "memory_gb": memory / 1e9}
@@ -578,32 +606,32 @@ def train(cfg: Config, reward=None) -> list[dict]:
 
     Returns the rows of metrics.jsonl. Raises BadInput, or FloatingPointError for rewards that are not finite.
     """
-    if EXTRAS.is_dir():
-        from extras import checks
+    session = contextlib.nullcontext()
+    if EXTRAS.is_dir():  # a fork without it checks nothing, locks nothing, and can't go on with --resume
+        from extras import checks, record, resume
 
-        checks.check_input(cfg, reward)  # a fork without extras/ checks nothing
+        session = checks.open_session(cfg, reward)
     cfg = resolve(cfg, reward)
     out = Path(cfg.out)
     rank, world = ranks()
     if world > 1:
-        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", timeout=timedelta(days=365))
+        dist.init_process_group(timeout=timedelta(days=365))
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     prompts, held_out = split_prompts(cfg)
-    eval_prompts = (held_out * cfg.eval_videos)[: cfg.eval_videos]
-    with FileLock(out / ".lock", timeout=0) if rank == 0 else contextlib.nullcontext():
-        run = load_run(cfg, prompts + held_out, reward)
+    eval_prompts = [held_out[n % len(held_out)] for n in range(cfg.eval_videos)]
+    with session:
+        run = load_run(cfg, eval_prompts + drawn_prompts(prompts, cfg), reward)
         optimizer = make_optimizer(run)
         step = skipped = in_a_row = 0  # updates made; of these not finite; of the last ones not finite
         if cfg.resume:
             from extras import resume
 
             step, skipped = resume.restore_checkpoint(run, optimizer)
-        if rank == 0:
-            settings = run_settings(cfg, prompts + held_out)
-            write_atomic(out / "config.json", json.dumps(settings, indent=1))
-            if step == 0:
-                write_atomic(out / "metrics.jsonl", "")
+        if rank == 0 and step == 0:
+            write_atomic(out / "metrics.jsonl", "")
+        if rank == 0 and EXTRAS.is_dir():
+            record.write_settings(cfg, prompts + held_out)
         leverage = {i: round(run.schedule.leverage(i), 3) for i in trained_steps(run)}
         print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
 
@@ -618,14 +646,13 @@ def train(cfg: Config, reward=None) -> list[dict]:
             in_a_row = 0 if finite else in_a_row + 1
             skipped += not finite
             if in_a_row == 10:
-                raise FloatingPointError(
-                    f"ten gradients in a row not finite, at update {step}, prompts {row['prompts']}, seed "
-                    f"{cfg.seed}: mend the reward, or lower --lr, with --lora {out}/lora and another --out"
-                )
+                advice = f"mend the reward, or lower --lr, with --lora {out}/lora and another --out"
+                raise FloatingPointError(f"ten gradients not finite, the last for {row['prompts']}: {advice}")
             if rank == 0:
                 append_metrics(cfg, row | {"skipped": skipped})
                 save_lora(run.model, out / "lora", cfg)
-                save_checkpoint(run, optimizer, step, skipped)
+                if EXTRAS.is_dir():
+                    resume.save_checkpoint(run, optimizer, step, skipped)
             figures = f"reward {row['reward']:.3f}, {row['seconds']:.1f} s, {row['memory_gb']:.1f} GB"
             print(f"update {step}/{cfg.steps}: {figures}")
 
@@ -633,21 +660,24 @@ def train(cfg: Config, reward=None) -> list[dict]:
         print(f"done: {page}; the LoRA is in {out}/lora")
         if world > 1:
             dist.destroy_process_group()
-        if cfg.push_to_hub and rank == 0:
-            from extras.hub import push
-
-            push(cfg, read_metrics(out))
         return read_metrics(out)
 
 
 # ---- 7. Evaluation and page --------------------------------------------------------------------------------
-def write_video(path: Path, video):
+def write_video(path: Path, video, fps: float):
     """video: (F, 3, H, W) float in [0, 1] -> an mp4 that browsers play, enlarged to at least 256 pixels."""
-    frames = (video.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
-    zoom = max(1, math.ceil(256 / frames.shape[2]))
-    frames = frames.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    pixels = (video.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
+    height, width = pixels.shape[1:3]
+    zoom = max(1, math.ceil(256 / width))
     path.parent.mkdir(parents=True, exist_ok=True)
-    iio.imwrite(path, frames, plugin="FFMPEG", fps=8, codec="libx264", quality=9, macro_block_size=2)
+    temporary = path.with_name(".tmp-vader-" + path.name)
+    taken = f"-v error -y -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
+    written = f"-vf scale=iw*{zoom}:ih*{zoom}:flags=neighbor -c:v libx264 -crf 5 -pix_fmt yuv420p"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *taken.split(), *written.split(), temporary]
+    ffmpeg = subprocess.run(command, input=pixels.tobytes(), capture_output=True)
+    problem = ffmpeg.stderr.decode(errors="replace")
+    require(ffmpeg.returncode == 0, f"can't write {path}: is the disk full? ffmpeg says: {problem}")
+    os.replace(temporary, path)
 
 
 @torch.no_grad()
@@ -663,20 +693,20 @@ def make_videos(run: Run, prompts, first=0):
 
 
 @torch.no_grad()
-def evaluate(run: Run, prompts, folder: str) -> dict:
-    """A video per prompt into `folder` of --out, all frames scored: {"folder", "prompts", rewards' lists}."""
+def evaluate(run: Run, prompts, folder: str, first=0) -> dict:
+    """Videos, numbered from `first`, into a folder of --out -> {"folder", "prompts", rewards' lists}."""
     cfg = run.cfg
-    result = {"folder": folder, "prompts": [prompt.text for prompt in prompts]}
-    for first in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"videos {folder}", leave=False):
-        chosen = prompts[first : first + cfg.batch_size]
-        videos = make_videos(run, chosen, first)
+    texts = [prompt.text for prompt in prompts]
+    result = {"folder": folder, "prompts": texts}
+    for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"videos {folder}", leave=False):
+        end = start + cfg.batch_size
+        videos = make_videos(run, prompts[start:end], first + start)
         if run.terms:
-            texts = [prompt.text for prompt in chosen]
-            figures = rewards.weighted_rewards(run.terms, videos, texts, cfg.decode_chunk)
+            figures = rewards.weighted_rewards(run.terms, videos, texts[start:end], cfg.decode_chunk)
             for name, values in figures.items():
                 result.setdefault(name, []).extend(values.tolist())
-        for n, video in enumerate(videos, start=first):
-            write_video(Path(cfg.out) / folder / f"{n:03d}.mp4", video)
+        for n, video in enumerate(videos, start=first + start):
+            write_video(Path(cfg.out) / folder / f"{n:03d}.mp4", video, cfg.fps)
     return result
 
 
@@ -710,7 +740,8 @@ def summary(base, tuned) -> str:
 
 def write_page(cfg: Config, rows: list[dict]):
     """index.html, which is page.html, and its data: the rows of metrics.jsonl."""
-    data = json.dumps({"config": vars(cfg), "rows": rows, "toy": "rewards" in find_model(cfg.model)[2]})
+    toy = "rewards" in find_model(cfg.model)[2]
+    data = json.dumps({"config": vars(cfg), "rows": rows, "toy": toy})
     write_atomic(Path(cfg.out) / "data.js", f"window.run = {data};\n")
     if PAGE.exists():
         write_atomic(Path(cfg.out) / "index.html", PAGE.read_bytes())
@@ -719,7 +750,9 @@ def write_page(cfg: Config, rows: list[dict]):
 # ---- 8. Files and resume -----------------------------------------------------------------------------------
 def ranks() -> tuple:
     """This process's number, and how many there are, by torchrun; a stray RANK alone means nothing."""
-    return (int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])) if "MASTER_ADDR" in os.environ else (0, 1)
+    if "MASTER_ADDR" not in os.environ:
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def write_atomic(path: Path, content: str | bytes):
@@ -730,9 +763,9 @@ def write_atomic(path: Path, content: str | bytes):
     os.replace(temporary, path)
 
 
-def read_metrics(out: Path) -> list[dict]:
-    """The rows of metrics.jsonl; a last line that a kill cut short is left out."""
-    path = out / "metrics.jsonl"
+def read_metrics(out: Path, name="metrics.jsonl") -> list[dict]:
+    """The rows of a file of json lines; a last line that a kill cut short is left out."""
+    path = out / name
     if not path.exists():
         return []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
@@ -750,35 +783,14 @@ def append_metrics(cfg: Config, row: dict):
         tracker.log(cfg, row)
 
 
-def run_settings(cfg: Config, prompts: list[Prompt]) -> dict:
-    """What config.json tells of a run, and --resume compares (but for what extras/resume.py leaves FREE)."""
-    libraries = (torch, diffusers, peft, transformers)
-    return vars(cfg) | {
-        "processes": ranks()[1],
-        "prompts_used": [[text, Path(image or "").name] for text, image in prompts],
-        "versions": {library.__name__: library.__version__ for library in libraries},
-    }
-
-
 def save_lora(model: VideoModel, folder: Path, cfg: Config | None = None):
     """Write the LoRA as PEFT does; extras/ adds a card, and files for stock diffusers and ComfyUI."""
-    with tempfile.TemporaryDirectory() as made:
-        model.denoiser.save_pretrained(made, save_embedding_layers=False)
-        if EXTRAS.is_dir():
-            from extras import lora_files
+    if not EXTRAS.is_dir():
+        model.denoiser.save_pretrained(folder, save_embedding_layers=False)
+        return
+    from extras import lora_files
 
-            lora_files.add_files(model, Path(made), cfg)
-        for file in Path(made).iterdir():  # written anew: safetensors makes files for their owner alone
-            write_atomic(folder / file.name, file.read_bytes())
-
-
-def save_checkpoint(run: Run, optimizer, step: int, skipped: int):
-    """Write what --resume loads, in extras/resume.py."""
-    state = {"lora": lora_parameters(run.model), "optimizer": optimizer.state_dict()}
-    state |= {"scaler": run.scaler.state_dict(), "step": step, "skipped": skipped}
-    file = io.BytesIO()
-    torch.save(state, file)
-    write_atomic(Path(run.cfg.out) / "checkpoint" / "state.pt", file.getvalue())
+    lora_files.save(model, folder, cfg)
 
 
 # ---- 9. Loading --------------------------------------------------------------------------------------------
@@ -831,8 +843,7 @@ def resolve(cfg: Config, reward=None) -> Config:
     if cfg.device.startswith("cuda"):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         cfg = fill_in(cfg, model="modelscope", dtype="bf16" if bf16 else "fp16")
-    # the LoRA that tiny-few fuses into its base takes code in extras/
-    cfg = fill_in(cfg, model="tiny-few" if EXTRAS.is_dir() else "tiny", dtype="fp32")
+    cfg = fill_in(cfg, model="tiny-few" if EXTRAS.is_dir() else "tiny", dtype="fp32")  # which fuses a LoRA
     if reward:
         cfg = replace(cfg, reward=getattr(reward, "__name__", "custom"))
     if cfg.lora:
@@ -840,8 +851,9 @@ def resolve(cfg: Config, reward=None) -> Config:
 
         cfg = with_lora(cfg)
     family, _, preset = find_model(cfg.model)
-    preset = preset | {"num_frames": preset["num_frames"] * (cfg.clips or 1)}
-    cfg = fill_in(cfg, **preset, checkpointing=cfg.device != "cpu", grad_steps=family.grad_steps)
+    preset = dict(fps=family.fps, grad_steps=family.grad_steps) | preset
+    preset["num_frames"] *= cfg.clips or 1
+    cfg = fill_in(cfg, **preset, checkpointing=cfg.device != "cpu")
     name = f"{cfg.mode}-{cfg.reward}-{Path(cfg.model).name}".removeprefix("train-")
     out = "runs/" + re.sub(r"[^\w.]+", "-", name).strip("-")
     return fill_in(cfg, lora_alpha=cfg.lora_rank, lora_targets="to_q,to_k,to_v,to_out.0", out=out)
@@ -865,9 +877,8 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     terms = {cfg.reward: (1.0, reward)} if reward else {}
     if cfg.mode != "sample" and not reward:
         toy = find_model(cfg.model)[2].get("rewards")
-        terms = rewards.make_terms(
-            cfg.reward, cfg.device, model.dtype, [cfg.reward_weights, toy], texts, cfg.vlm, cfg.quantize
-        )
+        places = [cfg.reward_weights, toy]
+        terms = rewards.make_terms(cfg.reward, cfg.device, model.dtype, places, texts, cfg.vlm, cfg.quantize)
         if toy:
             print("rewards: those of the tiny world, a toy; not comparable with published rewards' scores")
     scaler = torch.amp.GradScaler(model.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
@@ -875,13 +886,13 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     if EXTRAS.is_dir():
         from extras import checks
 
-        checks.try_rewards(run, texts[: cfg.batch_size])
-    networks = []
+        checks.try_rewards(run, texts)
+    networks = torch.nn.ModuleList()
     for _, term in terms.values():
-        networks += getattr(term, "networks", [])
-    for network in networks:
-        network.to("cpu")  # makes room for the text encoder, maybe the largest network of all
-    run.conds = model.encode(list(dict.fromkeys([*prompts, Prompt(cfg.negative_prompt)])), cfg)
+        networks.extend(getattr(term, "networks", []))
+    networks.to("cpu")  # makes room for the text encoder, maybe the largest network of all
+    needed = dict.fromkeys([*prompts, Prompt(cfg.negative_prompt)])
+    run.conds = model.encode(list(needed), cfg)
     model.load()
     if cfg.base_lora or cfg.quantize != "none":
         from extras.base_lora import prepare
@@ -896,8 +907,7 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
 
         offload.install(run, networks)
     else:
-        for network in networks:
-            network.to(cfg.device)
+        networks.to(cfg.device)
     print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {cfg.reward}, {cfg.out}")
     return run
 
@@ -906,44 +916,34 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
 def parse_args(argv=None) -> Config:
     """The command line as a Config: a flag per field. Raises BadInput."""
     parser = transformers.HfArgumentParser(Config, prog="vader.py", allow_abbrev=False)
-    parser.error = lambda message: require(False, f"{message}; see --help")
-    args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        near = difflib.get_close_matches(flag, [f"--{name}" for name in vars(args)], n=1, cutoff=0)
-        raise BadInput(f"unknown argument {flag!r}: did you mean {near[0]!r}?")
-    return Config(**vars(args))
+    if EXTRAS.is_dir():
+        from extras.errors import refuse_arguments
+
+        parser.error = functools.partial(refuse_arguments, parser)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+def run_command(argv=None):
+    """Do what the command line says. Raises what goes wrong."""
+    if ranks()[0]:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+    cfg = parse_args(argv)
+    if cfg.mode == "train":
+        train(cfg)
+    else:
+        from extras.evaluate import apply_lora
+
+        apply_lora(cfg)
 
 
 def main(argv=None) -> int:
-    """Run the command line. The exit code is 0; after one line, 2 for bad input, 1 when it was stopped."""
-    if ranks()[0]:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
-    for library in (transformers, diffusers):  # their loading bars and reports of unused weights
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-    try:
-        cfg = parse_args(argv)
-        if cfg.mode == "train":
-            train(cfg)
-        else:
-            from extras.evaluate import apply_lora
+    """The command line -> exit code: 0; after one line, 2 for bad input, 1 when it was stopped."""
+    if EXTRAS.is_dir():
+        from extras.errors import in_one_line
 
-            apply_lora(cfg)
-        return 0
-    except (BadInput, OSError, ModuleNotFoundError) as error:  # OSError: a full disk, for one
-        if isinstance(error, ModuleNotFoundError) and error.name not in ("models", "extras"):
-            raise
-        print(f"vader.py: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory, none for a CPU's
-        if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
-            raise
-        problem = "out of memory: --offload, or a smaller --height, --width"
-    except (FloatingPointError, KeyboardInterrupt) as error:  # the latter where another script has called it
-        problem = str(error) or "training goes on with --resume"
-    print(f"vader.py: stopped: {problem}", file=sys.stderr)
-    return 1
+        return in_one_line(run_command, argv)
+    run_command(argv)
+    return 0
 
 
 if SCRIPT:

@@ -261,7 +261,7 @@ def main(argv=None) -> int:
             return 0
         cfg = vader.parse_args(flags)
         found = predict(cfg, operations)
-    except vader.BadInput as error:
+    except rewards.BadInput as error:
         print(f"memory.py: error: {error}", file=sys.stderr)
         return 2
     print("\n".join(f"{name:18}{size:6.2f} GB" for name, size in found.items()))

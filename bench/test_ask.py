@@ -14,7 +14,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import rewards
 import vader
 from conftest import checked
-from vader import HERE, TOY, BadInput
+from rewards import BadInput
+from vader import HERE, TOY
 
 TINY = HERE / "tiny" / "rewards" / "ask"
 QUESTION = "Is it red?"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import vader
 from conftest import PROMPTS, checked, load
 from extras.base_lora import quantize
-from vader import BadInput
+from rewards import BadInput
 
 TARGETS = {"small": "to_q,to_v,conv1", "wan": "to_q,to_v,net.0.proj", "animatediff": "to_q,to_v,proj_in"}
 

@@ -19,7 +19,8 @@ import rewards
 import vader
 from conftest import checked, command, load
 from extras.prompts import check_prompts
-from vader import TOY, BadInput, Config
+from rewards import BadInput
+from vader import TOY, Config
 
 
 @pytest.fixture

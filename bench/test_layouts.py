@@ -12,7 +12,7 @@ from test_models import stock_pipeline
 
 import vader
 from conftest import PROMPTS, checked, load
-from vader import BadInput
+from rewards import BadInput
 
 RANK, ALPHA = 4, 1.5
 FOLDERS = {"animatediff": "unet", "wan": "transformer", "ltx": "transformer", "cogvideox": "transformer"}

@@ -25,7 +25,7 @@ import vader
 from conftest import batch, checked, command, load, python
 from extras.hub import write_repository
 from extras.lora_files import comfy_state
-from vader import BadInput
+from rewards import BadInput
 
 # Linear layers by their names in the original checkpoints, which ComfyUI's LoRA loader takes after
 # "diffusion_model.": model_lora_keys_unet in comfy/lora.py; model.py in comfy/ldm/wan, comfy/ldm/lightricks.

@@ -33,7 +33,8 @@ from conftest import (
 )
 from extras.images import read_image
 from extras.prompts import check_prompt_file
-from vader import HERE, BadInput, Config, Prompt
+from rewards import BadInput
+from vader import HERE, Config, Prompt
 
 IMAGES = str(HERE / "tiny" / "images.jsonl")
 

@@ -91,7 +91,7 @@ def test_own_family_of_the_readme(own_family, settings, small):
     schedule = vader.make_model(full).schedule(full)
     steps = scheduler.sigmas.diff().tolist()
     assert schedule.b == pytest.approx(steps, rel=1e-4) and schedule.a == pytest.approx([1] * 15, rel=1e-4)
-    with pytest.raises(vader.BadInput, match="--eta"):
+    with pytest.raises(rewards.BadInput, match="--eta"):
         checked(replace(cfg, eta=0.5))
     rows = vader.train(cfg)
     assert [row["grad_norm"] > 0 for row in updates(rows)] == [True, True]

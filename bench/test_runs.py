@@ -27,7 +27,8 @@ import vader
 from conftest import PROMPTS, batch, checked, command, load
 from extras import images, resume
 from extras.prompts import check_prompts
-from vader import HERE, TOY, BadInput, Config, Prompt
+from rewards import BadInput
+from vader import HERE, TOY, Config, Prompt
 
 
 def light(frames, prompts):

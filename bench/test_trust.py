@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 import rewards
 import vader
 from conftest import PROMPTS, checked, load
-from vader import HERE, TOY, BadInput, Config
+from rewards import BadInput
+from vader import HERE, TOY, Config
 
 http = sys.modules[hub.HTTPError.__module__]
 T2V = HERE / "tiny" / "t2v"

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import inspect
+import tempfile
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -10,13 +11,13 @@ import torch
 
 import rewards
 import vader
-from extras import base_lora, checkpoint, hub, lora, prompts, resume
+from extras import base_lora, checkpoint, hub, lora, prompts, resume, sessions
 from rewards import BadInput, as_bad_input, require
 from vader import Config, VideoModel
 
 # Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
 RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
-RANGES |= dict(eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
+RANGES |= dict(fps=(1, 240), eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
 RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), height=(1, 4096), width=(1, 4096))
 
 LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}  # of --quantize
@@ -27,8 +28,15 @@ def check_input(cfg: Config, reward=None):
     check_settings(cfg, reward)
     cfg = vader.resolve(cfg, reward)
     used = prompts.check_prompts(cfg)
+    check_video(cfg)
     resume.check_out(cfg)
     resume.check_folder(cfg, used)
+
+
+def open_session(cfg: Config, reward=None):
+    """Check all input, then give the context that a run is made in. Raises BadInput."""
+    check_input(cfg, reward)
+    return sessions.hold(vader.resolve(cfg, reward))
 
 
 def check_settings(cfg: Config, reward=None):
@@ -65,6 +73,10 @@ def check_values(cfg: Config):
         if float in options:
             options += (int,)
         require(isinstance(value, options), f"{name} is {value!r}: give a {options[0].__name__}")
+        no_home = (
+            isinstance(value, str) and value.startswith("~") and name not in ("reward", "negative_prompt")
+        )
+        require(not no_home, f"--{name} {value}: there is no such home folder")
         if type(value) in (int, float):
             low, high = RANGES.get(name, (0 if float in options else 1, 1e9))
             require(low <= value <= high, f"--{name} {value:g}: must be from {low:g} to {high:g}")
@@ -102,6 +114,15 @@ def check_sizes(cfg: Config, family: type[VideoModel]):
     require(cfg.eta == 0 or family.stochastic, "--eta adds noise in DDIM; this model has another sampler")
     guided = cfg.guidance_scale != 1 and family.images != "must"
     require(guided or not cfg.negative_prompt, "--negative_prompt: there is no guidance by text here")
+
+
+def check_video(cfg: Config):
+    """Can videos be written? One of a single frame is tried."""
+    problem = "no video can be written: pip install imageio[ffmpeg], and unset IMAGEIO_FFMPEG_EXE"
+    with tempfile.TemporaryDirectory() as folder, as_bad_input(problem):
+        file = Path(folder) / "frame.mp4"
+        vader.write_video(file, torch.zeros(1, 3, 16, 16), cfg.fps)
+        require(file.stat().st_size > 0, f"{problem} (it wrote nothing)")
 
 
 def check_libraries(cfg: Config):
@@ -147,6 +168,8 @@ def try_rewards(run: vader.Run, texts: list[str]):
         picks = vader.pick_latent_frames(run, vader.generator_for(0))
         picked = [n for n in range(cfg.num_frames) if run.model.latent_frame(n) in picks]
         frames, scale = len(picked), 1.0
-    noise = torch.rand(len(texts), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
-    rewards.weighted_rewards(run.terms, noise, texts, cfg.decode_chunk, scale)
+    first = texts[: cfg.batch_size]
+    noise = torch.rand(len(first), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
+    rewards.weighted_rewards(run.terms, noise, first, cfg.decode_chunk, scale)
     require(not train or noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")
+    prompts.warn_of_prompts_cut_by_rewards(run, texts)

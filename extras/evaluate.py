@@ -1,12 +1,12 @@
 """--mode sample and --mode eval: videos of a trained LoRA, or of the base model."""
 
+import json
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
 
 import vader
-from extras import checks
+from extras import checks, record, resume
 
 
 def apply_lora(cfg):
@@ -16,22 +16,51 @@ def apply_lora(cfg):
     """
     if vader.ranks()[0]:  # the first of several processes does it all
         return
-    checks.check_input(cfg)
+    session = checks.open_session(cfg)
     cfg = vader.resolve(cfg)
     prompts = vader.read_prompts(cfg.prompts)
-    with FileLock(Path(cfg.out) / ".lock", timeout=0):
+    with session:
         run = vader.load_run(cfg, prompts)
+        record.write_settings(cfg, prompts)
         evaluations = []
         if cfg.lora and cfg.mode == "eval":
             with run.model.denoiser.disable_adapter():
-                evaluations.append(vader.evaluate(run, prompts, "base"))
+                evaluations.append(make_videos(run, prompts, "base"))
         folder = "tuned" if cfg.lora else "base"
-        evaluations.append(vader.evaluate(run, prompts, folder))
+        evaluations.append(make_videos(run, prompts, folder))
+        vader.write_atomic(Path(cfg.out) / "metrics.jsonl", "")
         for step, evaluation in enumerate(evaluations):
             vader.append_metrics(cfg, {"step": step, "eval": evaluation})
         vader.write_page(cfg, vader.read_metrics(Path(cfg.out)))
         print_scores(cfg, evaluations[0], evaluations[-1])
         print(f"done: {len(prompts)} videos in {cfg.out}/{folder}")
+
+
+def make_videos(run, prompts: list, folder: str) -> dict:
+    """As `vader.evaluate`, but what an earlier run has done is not made again."""
+    cfg, out = run.cfg, Path(run.cfg.out)
+    done = resume.read_done(out)
+    whole = {"folder": folder}
+    for first in range(0, len(prompts), cfg.batch_size):
+        chosen = prompts[first : first + cfg.batch_size]
+        numbers = range(first, first + len(chosen))
+        are_there = all((out / folder / f"{n:03d}.mp4").exists() for n in numbers)
+        part = done.get((folder, first))
+        if part is None or not are_there:
+            part = done[folder, first] = vader.evaluate(run, chosen, folder, first)
+            write_done(out, done)
+        for name, values in part.items():
+            if name != "folder":
+                whole.setdefault(name, []).extend(values)
+    return whole
+
+
+def write_done(out: Path, done: dict):
+    """Write what `resume.read_done` reads."""
+    lines = []
+    for (_, first), evaluation in done.items():
+        lines.append(json.dumps({"first": first, "eval": evaluation}) + "\n")
+    vader.write_atomic(out / resume.DONE, "".join(lines))
 
 
 def print_scores(cfg, first: dict, last: dict):

@@ -67,7 +67,8 @@ class FromImage:
             if self.vae is None:
                 vae = rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype)
                 self.vae = vae.to(self.device)
-            conds[prompt] |= self.start(open_image(prompt.image), cfg)
+            start = self.start(open_image(prompt.image), cfg)
+            conds[prompt] |= {name: value.cpu() for name, value in start.items()}
         return conds
 
     def start(self, picture, cfg):

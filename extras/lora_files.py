@@ -1,10 +1,13 @@
 """The files of a trained LoRA beside PEFT's own: a card, vader.json, and those for diffusers and ComfyUI."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import peft
 from safetensors.torch import save_file
+
+from vader import write_atomic
 
 
 def public_name(source: str) -> str:
@@ -12,6 +15,18 @@ def public_name(source: str) -> str:
     if Path(source).exists():
         return Path(source).name
     return source
+
+
+def save(model, folder: Path, cfg=None):
+    """Write the model's LoRA into a folder, in all its formats, each file whole at any moment.
+
+    cfg: the run's, for what the files tell of it.
+    """
+    with tempfile.TemporaryDirectory() as made:
+        model.denoiser.save_pretrained(made, save_embedding_layers=False)
+        add_files(model, Path(made), cfg)
+        for file in Path(made).iterdir():  # written anew: safetensors makes files for their owner alone
+            write_atomic(folder / file.name, file.read_bytes())
 
 
 def add_files(model, folder: Path, cfg=None):
@@ -33,6 +48,13 @@ def add_files(model, folder: Path, cfg=None):
     (folder / "README.md").write_text(card)
     if model.lora_pipeline:
         save_stock(model, folder, cfg)
+
+
+def tell_of_comfyui(folder: Path):
+    """Print which of the LoRA's files ComfyUI takes, where there is one."""
+    file = folder / "comfyui.safetensors"
+    if file.exists():
+        print(f"ComfyUI takes {file}, and of the others nothing; diffusers and PEFT take the folder")
 
 
 def describe(base_model: str, base_lora: str | None) -> str:

@@ -2,7 +2,11 @@
 
 import inspect
 import json
+import os
+import re
 from pathlib import Path
+
+import torch
 
 import rewards
 import vader
@@ -25,7 +29,7 @@ def read_rows(path: str) -> list[Prompt]:
         where = f"{path}, line {number}"
         prompt = read_row(where, line)
         if prompt.image:
-            file = Path(path).parent / prompt.image
+            file = Path(path).parent / os.path.expanduser(prompt.image)
             require(file.is_file(), f"{where}: can't read the image {file}: no file")
             prompt = prompt._replace(image=str(file))
         prompts.append(prompt)
@@ -59,8 +63,15 @@ def check_prompts(cfg: Config) -> list[Prompt]:
         lines = len(prompts)
         prompts, held_out = vader.split_prompts(cfg)
         tell_of_held_out(cfg, lines, prompts, held_out)
-    warn_of_long_prompts(cfg, source, prompts + held_out)
+    warn_of_long_prompts(cfg, source, used_prompts(cfg, prompts, held_out))
     return prompts + held_out
+
+
+def used_prompts(cfg: Config, prompts: list, held_out: list) -> list[Prompt]:
+    """Those that the run draws or evaluates."""
+    if cfg.mode != "train":
+        return prompts
+    return vader.drawn_prompts(prompts, cfg) + held_out[: cfg.eval_videos]
 
 
 def check_prompt_file(flag: str, path: str, family: type[VideoModel]) -> list[Prompt]:
@@ -96,6 +107,34 @@ def tell_of_held_out(cfg: Config, lines: int, prompts: list, held_out: list):
     if lines > others:
         left = f"{len(prompts)} others are left to train on"
         print(f"{cfg.prompts}: of {lines} prompts some stand twice, or are held out: {left}")
+
+
+def warn_of_prompts_cut_by_rewards(run: vader.Run, texts: list[str]):
+    """A line for each reward whose text encoder does not read some prompts to their end."""
+    for name, (_, reward) in run.terms.items():
+        if not hasattr(reward, "text_direction"):
+            continue
+        limit = text_limit(reward.networks[0])
+        cut = []
+        for text in texts:
+            # shorter ones can't have that many tokens: all but two stand for a letter, or more
+            if len(text) > limit - 2 and is_cut(reward.text_direction, text):
+                cut.append(text)
+        if cut:
+            print(f"{name} reads {limit} tokens: {len(cut)} prompts are longer, the first {cut[0][:50]!r}...")
+
+
+def text_limit(network: torch.nn.Module) -> int:
+    """How many tokens a CLIP of transformers, or of open_clip, reads of a text."""
+    if hasattr(network, "config"):
+        return network.config.text_config.max_position_embeddings
+    return network.context_length
+
+
+def is_cut(embed, text: str) -> bool:
+    """Does a text without its last letter mean the same to an encoder, as it has not read that far?"""
+    shorter = re.sub(r"\w\W*$", "", text)
+    return torch.equal(embed(shorter), embed(text))
 
 
 def warn_of_long_prompts(cfg: Config, source: str, prompts: list[Prompt]):

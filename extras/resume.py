@@ -1,28 +1,42 @@
 """--resume, and what an --out that holds something must be for a run to begin or to go on in it."""
 
+import io
 import json
 import shutil
 import zipfile
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 import vader
+from extras.record import run_settings
+from extras.sessions import hold_folder
 from rewards import as_bad_input, read_json, require
 
 # What may change when a run goes on, and what is the same by another path.
 FREE = "out resume steps eval_every tracker push_to_hub device prompts eval_prompts versions".split()
 PATHS = ("model", "lora", "base_lora", "reward_weights", "vlm")
 
+DONE = "videos.jsonl"  # of --mode sample and eval: a row for each batch of videos, with its scores
 
+
+# ---- What is written ---------------------------------------------------------------------------------------
+def save_checkpoint(run, optimizer, step: int, skipped: int):
+    """Write what `restore_checkpoint` reads."""
+    state = {"lora": vader.lora_parameters(run.model), "optimizer": optimizer.state_dict()}
+    state |= {"scaler": run.scaler.state_dict(), "step": step, "skipped": skipped}
+    file = io.BytesIO()
+    torch.save(state, file)
+    vader.write_atomic(Path(run.cfg.out) / "checkpoint" / "state.pt", file.getvalue())
+
+
+# ---- What is checked ---------------------------------------------------------------------------------------
 def check_out(cfg):
     """Can --out be written, by nobody else? What a kill left half written is cleared."""
     out = Path(cfg.out)
     with as_bad_input(f"--out {out} is in use by another process, or can't be written: give another"):
-        out.mkdir(parents=True, exist_ok=True)
         if vader.ranks()[0] == 0:
-            with FileLock(out / ".lock", timeout=0):
+            with hold_folder(out):
                 for leftover in out.glob(".tmp-vader-*"):
                     if leftover.is_dir():
                         shutil.rmtree(leftover)
@@ -40,14 +54,21 @@ def check_folder(cfg, prompts: list):
     out = Path(cfg.out)
     names = {path.name for path in out.glob("[!.]*")}
     if not names:
+        if cfg.resume:
+            print(f"{out} is empty: there is nothing to go on with, so all is done from the start")
         return
-    require(cfg.mode == "train" and "config.json" in names, f"{out} is not empty: give another --out")
+    require("config.json" in names, f"{out} is not empty: give another --out")
+    if cfg.mode != "train":
+        require(cfg.resume, f"{out} holds videos: add --resume to go on with them, or give another --out")
+        check_settings(out, run_settings(cfg, prompts))
+        read_done(out)
+        return
     updates = check_metrics(out)
     checkpoint = out / "checkpoint" / "state.pt"
     if updates < 2 and not checkpoint.exists() and (cfg.resume or "lora" not in names):
         return  # A kill in the first update: at most its LoRA is written, and nothing is lost.
     require(cfg.resume, f"{out} holds a run: add --resume to go on with it, or give another --out")
-    check_settings(out, vader.run_settings(cfg, prompts))
+    check_settings(out, run_settings(cfg, prompts))
     check_checkpoint(checkpoint, cfg, updates)
 
 
@@ -72,6 +93,20 @@ def check_metrics(out: Path) -> int:
     return updates
 
 
+def read_done(out: Path) -> dict:
+    """The evaluations of videos.jsonl, by folder and number of the first video. Raises BadInput."""
+    done = {}
+    with as_bad_input(f"{out}/{DONE} is damaged: give another --out"):
+        for row in vader.read_metrics(out, DONE):
+            evaluation = row["eval"]
+            count = len(evaluation["prompts"])
+            for name, values in evaluation.items():
+                whole = name == "folder" or len(values) == count
+                require(whole, f"{out}/{DONE} is damaged: give another --out")
+            done[evaluation["folder"], int(row["first"])] = evaluation
+    return done
+
+
 def check_settings(out: Path, settings: dict):
     """Refuse settings that are not those of config.json, but for what is FREE."""
     before = read_json(out / "config.json")
@@ -82,6 +117,8 @@ def check_settings(out: Path, settings: dict):
             continue
         if name == "prompts_used":
             started = "with other prompts"
+        elif name.startswith("content of"):
+            started = f"with another {name}"
         elif name == "processes":
             started = f"with {old} processes"
         elif old is None:
@@ -113,6 +150,7 @@ def check_checkpoint(path: Path, cfg, updates: int):
     require(updates >= step >= 1, f"{out} has lost rows of its metrics.jsonl: {advice}")
 
 
+# ---- What is read ------------------------------------------------------------------------------------------
 def restore_checkpoint(run, optimizer) -> tuple[int, int]:
     """Go on with the checkpoint of --out, where there is one -> updates made, and skipped of these.
 

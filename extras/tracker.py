@@ -18,6 +18,11 @@ def log(cfg, row: dict):
     TRACKERS[run](row)
 
 
+def finish():
+    """End all that this process has open."""
+    TRACKERS.clear()
+
+
 def make_tracker(cfg):
     """A function of a row of metrics.jsonl, which logs it where cfg.tracker says.
 

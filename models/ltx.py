@@ -23,7 +23,7 @@ class LTX(FromImage, VideoModel):
     max_tokens = 128
     # parts of layers' names in the original checkpoint, which ComfyUI reads
     comfy_names = {"proj_in": "patchify_proj", "time_embed.": "adaln_single."}
-    frame_rate = 25  # frames per second, told to the denoiser
+    fps = 25  # which the denoiser is told
     decode_timestep, decode_noise_scale = 0.05, 0.025  # for a VAE that takes a timestep (0.9.1 and later)
 
     def schedule(self, cfg):
@@ -41,10 +41,10 @@ class LTX(FromImage, VideoModel):
         scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=shift)
         return tabulate(scheduler)
 
-    def encode_text(self, pipe, text):
+    def encode_text(self, pipe, texts):
         kwargs = dict(max_sequence_length=self.max_tokens, device=self.device)
-        states, mask, *_ = pipe.encode_prompt(text, do_classifier_free_guidance=False, **kwargs)
-        return {"encoder_hidden_states": states[0], "encoder_attention_mask": mask[0].bool()}
+        states, mask, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, **kwargs)
+        return {"encoder_hidden_states": states, "encoder_attention_mask": mask.bool()}
 
     def statistics(self):
         """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1) each."""
@@ -60,7 +60,7 @@ class LTX(FromImage, VideoModel):
     def flow(self, x, times, cond):
         frames, height, width = x.shape[2:]
         kwargs = dict(num_frames=frames, height=height, width=width)
-        kwargs["rope_interpolation_scale"] = (self.frames_per_latent / self.frame_rate, 32, 32)
+        kwargs["rope_interpolation_scale"] = (self.frames_per_latent / self.fps, 32, 32)
         if len(times) > 1:  # a time for each token
             times = times.expand(frames, height, width)
         times = times.flatten().expand(len(x), -1)

@@ -31,6 +31,7 @@ class StableVideoDiffusion(VideoModel):
     checkpointed += ("BasicTransformerBlock", "TemporalBasicTransformerBlock")  # within: 2.7 GB less
     vae_checkpointed = ("SpatioTemporalResBlock",)
     images = "must"
+    fps = 7
     inputs = 2  # noise and the image's latents, side by side
     grad_steps = "strongest"  # the last of 25 steps has a leverage of 0.002, the strongest 0.29
     together = 7 * 4 * 72 * 128  # numbers in the latents decoded at once: half a video of the native size
@@ -53,7 +54,8 @@ class StableVideoDiffusion(VideoModel):
         conds = {}
         for prompt in prompts:
             if prompt.image:
-                conds[prompt] = cond = self.start(open_image(prompt.image), cfg)
+                start = self.start(open_image(prompt.image), cfg)
+                conds[prompt] = cond = {name: value.cpu() for name, value in start.items()}
         # Unconditional is an empty image.
         nothing = {name: torch.zeros_like(value) for name, value in cond.items()}
         conds[Prompt("")] = nothing | {"time_ids": cond["time_ids"]}

@@ -27,6 +27,7 @@ class Wan(VideoModel):
     multiple, frame_multiple = 16, 4
     scale, frames_per_latent = 8, 4
     max_tokens = 512
+    fps = 16
     index_settings = ("expand_timesteps",)
     # parts of layers' names in the original checkpoint, which ComfyUI reads
     comfy_names = {"attn1": "self_attn", "attn2": "cross_attn", "to_out.0": "o"}
@@ -55,10 +56,10 @@ class Wan(VideoModel):
             return Wan22
         return cls
 
-    def encode_text(self, pipe, text):
+    def encode_text(self, pipe, texts):
         kwargs = dict(max_sequence_length=self.max_tokens, device=self.device)
-        embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, **kwargs)
-        return {"encoder_hidden_states": embeds[0]}
+        embeds, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, **kwargs)
+        return {"encoder_hidden_states": embeds}
 
     def statistics(self):
         """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1) each."""
@@ -92,7 +93,7 @@ class Wan22(FromImage, Wan):
 
     wan22 = Wan.wan | dict(source="Wan-AI/Wan2.2-TI2V-5B-Diffusers", num_frames=33, height=480, width=832)
     presets = {"wan2.2-5b": wan22}
-    multiple, scale = 32, 16
+    multiple, scale, fps = 32, 16, 24
 
     def flow(self, x, times, cond):
         if len(times) > 1:  # a time for each token

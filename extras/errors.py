@@ -1,0 +1,60 @@
+"""What goes wrong on the command line, as one line. What somebody's own code raises keeps its traceback."""
+
+import difflib
+import errno
+import re
+import sys
+
+import diffusers
+import transformers
+
+from rewards import BadInput
+
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)  # not of one's code
+
+
+def in_one_line(command, argv) -> int:
+    """Run command(argv) -> exit code: 0; after a line, 2 for bad input, 1 when it was stopped."""
+    for library in (transformers, diffusers):  # their loading bars and reports of unused weights
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    try:
+        command(argv)
+        return 0
+    except BadInput as error:
+        return say(f"error: {error}", 2)
+    except ModuleNotFoundError as error:
+        if error.name not in ("models", "extras"):
+            raise
+        return say(f"error: {error}: get that folder again", 2)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        return say(f"error: {error}: make room, or give another --out", 2)
+    except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory, none for a CPU's
+        if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
+            raise
+        return say("stopped: out of memory: --offload, or a smaller --height, --width", 1)
+    except FloatingPointError as error:
+        return say(f"stopped: {error}", 1)
+    except KeyboardInterrupt:  # where another script has called it
+        return say("stopped: go on with --resume", 1)
+
+
+def refuse_arguments(parser, message: str):
+    """Raise BadInput for what argparse can't read."""
+    problem, _, flags = message.partition("unrecognized arguments: ")
+    if flags and not problem:
+        flag = flags.split()[0].split("=")[0]
+        known = [action.option_strings[0] for action in parser._actions]
+        (near,) = difflib.get_close_matches(flag, known, n=1, cutoff=0)
+        raise BadInput(f"unknown argument {flag!r}: did you mean {near!r}?")
+    if "expected one argument" in message:
+        message += ", and one that begins with - is written with =, as in --negative_prompt=-blur"
+    raise BadInput(f"{message}: see --help")
+
+
+def say(problem: str, code: int) -> int:
+    line = " ".join(problem.split())
+    print(f"vader.py: {line}", file=sys.stderr)
+    return code

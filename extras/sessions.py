@@ -1,0 +1,76 @@
+"""What a run holds while it lasts, and gives back: its folder, and the settings of the caller's process."""
+
+import contextlib
+import errno
+import warnings
+from pathlib import Path
+
+import torch
+from filelock import FileLock, Timeout
+
+import vader
+from extras import hub, lora_files, tracker
+from rewards import BadInput
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+@contextlib.contextmanager
+def hold(cfg):
+    """Around a run with a full config. The first process locks --out; --push_to_hub comes at the end.
+
+    Afterwards random state, precision and warnings are the caller's again. Raises BadInput where another
+    process has the folder.
+    """
+    folder, gpus = contextlib.nullcontext(), []
+    if vader.ranks()[0] == 0:
+        folder = hold_folder(Path(cfg.out))
+    if cfg.device.startswith("cuda"):
+        gpus = range(torch.cuda.device_count())
+    with folder, torch.random.fork_rng(gpus), warnings.catch_warnings(), keep_precision():
+        try:
+            yield
+            lora_files.tell_of_comfyui(Path(cfg.out) / "lora")
+            if cfg.push_to_hub and vader.ranks()[0] == 0:
+                hub.push(cfg, vader.read_metrics(Path(cfg.out)))
+        finally:
+            tracker.finish()
+
+
+@contextlib.contextmanager
+def hold_folder(out: Path):
+    """Make a folder, and lock it. If nothing is written in it, it goes away again."""
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        stack.callback(remove_empty, made)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # that it takes another kind of lock
+                stack.enter_context(FileLock(out / ".lock", timeout=0))
+        except Timeout:
+            raise BadInput(f"--out {out} is in use by another process: give another") from None
+        except (NotImplementedError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            print(f"{out} is on a disk without locks: let no other process write there")
+        yield
+
+
+def remove_empty(folders: list[Path]):
+    """Remove these folders, the inner one first, as far as they hold nothing but a lock."""
+    for folder in folders:
+        for path in folder.iterdir():
+            if path.name != ".lock":
+                return
+            path.unlink()
+        folder.rmdir()
+
+
+@contextlib.contextmanager
+def keep_precision():
+    before = torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
