@@ -43,7 +43,7 @@ SCRIPT = __name__ == "__main__" and "__file__" in globals()  # run as a command,
 def stop(*_):
     """On Ctrl-C, at any time: one line. Files are whole at any moment, so there is nothing to tidy up."""
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, b"\nvader.py: stopped; training goes on with the same command and --resume\n")
+        os.write(2, b"\nvader.py: stopped; the same command with --resume goes on\n")
     os._exit(130)
 
 

@@ -254,7 +254,7 @@ def test_ctrl_c_is_one_line_at_any_time(mode, after, tmp_path):
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said and process.returncode == 130
     ours = [line for line in said.splitlines() if "vader.py" in line]  # ffmpeg may add a line
-    assert ours == ["vader.py: stopped; training goes on with the same command and --resume"] * len(ours)
+    assert ours == ["vader.py: stopped; the same command with --resume goes on"] * len(ours)
     assert ours
 
 
@@ -269,7 +269,7 @@ def test_ctrl_c_is_a_line_under_torchrun(settings):
     (worker,) = [child for child in psutil.Process(process.pid).children() if "vader.py" in child.cmdline()]
     worker.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert "vader.py: stopped; training goes on with the same command and --resume\n" in said
+    assert "vader.py: stopped; the same command with --resume goes on\n" in said
 
 
 def test_train_works_in_a_thread(settings):

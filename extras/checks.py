@@ -118,11 +118,15 @@ def check_sizes(cfg: Config, family: type[VideoModel]):
 
 def check_video(cfg: Config):
     """Can videos be written? One of a single frame is tried."""
-    problem = "no video can be written: pip install imageio[ffmpeg], and unset IMAGEIO_FFMPEG_EXE"
-    with tempfile.TemporaryDirectory() as folder, as_bad_input(problem):
+    advice = "pip install imageio[ffmpeg], and unset IMAGEIO_FFMPEG_EXE"
+    with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "frame.mp4"
-        vader.write_video(file, torch.zeros(1, 3, 16, 16), cfg.fps)
-        require(file.stat().st_size > 0, f"{problem} (it wrote nothing)")
+        try:
+            with as_bad_input("ffmpeg is not there"):
+                vader.write_video(file, torch.zeros(1, 3, 16, 16), cfg.fps)
+                require(file.stat().st_size > 0, "ffmpeg wrote nothing")
+        except BadInput as error:
+            raise BadInput(f"no video can be written: {advice} ({error})") from None
 
 
 def check_libraries(cfg: Config):

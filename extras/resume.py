@@ -37,7 +37,7 @@ def check_out(cfg):
     with as_bad_input(f"--out {out} is in use by another process, or can't be written: give another"):
         if vader.ranks()[0] == 0:
             with hold_folder(out):
-                for leftover in out.glob(".tmp-vader-*"):
+                for leftover in list(out.rglob(".tmp-vader-*")):
                     if leftover.is_dir():
                         shutil.rmtree(leftover)
                     else:
