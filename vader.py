@@ -628,10 +628,10 @@ def train(cfg: Config, reward=None) -> list[dict]:
             from extras import resume
 
             step, skipped = resume.restore_checkpoint(run, optimizer)
-        if rank == 0 and step == 0:
-            write_atomic(out / "metrics.jsonl", "")
         if rank == 0 and EXTRAS.is_dir():
             record.write_settings(cfg, prompts + held_out)
+        if rank == 0 and step == 0:
+            write_atomic(out / "metrics.jsonl", "")
         leverage = {i: round(run.schedule.leverage(i), 3) for i in trained_steps(run)}
         print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
 
@@ -646,8 +646,8 @@ def train(cfg: Config, reward=None) -> list[dict]:
             in_a_row = 0 if finite else in_a_row + 1
             skipped += not finite
             if in_a_row == 10:
-                advice = f"mend the reward, or lower --lr, with --lora {out}/lora and another --out"
-                raise FloatingPointError(f"ten gradients not finite, the last for {row['prompts']}: {advice}")
+                problem = f"gradients not finite, at update {step}, prompts {row['prompts']}, seed {cfg.seed}"
+                raise FloatingPointError(f"{problem}: mend the reward, or lower --lr with --lora {out}/lora")
             if rank == 0:
                 append_metrics(cfg, row | {"skipped": skipped})
                 save_lora(run.model, out / "lora", cfg)
