@@ -749,8 +749,8 @@ def write_page(cfg: Config, rows: list[dict]):
 
 # ---- 8. Files and resume -----------------------------------------------------------------------------------
 def ranks() -> tuple:
-    """This process's number, and how many there are, by torchrun; a stray RANK alone means nothing."""
-    if "MASTER_ADDR" not in os.environ:
+    """This process's number, and how many there are, if all the variables of torchrun are there."""
+    if not os.environ.keys() >= {"MASTER_ADDR", "RANK", "WORLD_SIZE"}:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 

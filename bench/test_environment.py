@@ -148,6 +148,30 @@ def test_commands_print_their_own_lines_only(tmp_path):
     assert "M\\xf6we" in out and (tmp_path / "Möwe" / "base" / "000.mp4").is_file()
 
 
+@pytest.mark.parametrize(
+    "variables, named",
+    [
+        ("MASTER_ADDR=a", None),
+        ("RANK=1", None),
+        ("WORLD_SIZE=4", None),
+        ("RANK=x WORLD_SIZE=2", None),
+        ("MASTER_ADDR=a RANK=0 WORLD_SIZE=1", None),
+        ("MASTER_ADDR=a RANK=x WORLD_SIZE=2", "RANK=x"),
+        ("MASTER_ADDR=a RANK=0 WORLD_SIZE=", "WORLD_SIZE="),
+        ("MASTER_ADDR=a RANK=0 WORLD_SIZE=2", "LOCAL_RANK="),
+        ("MASTER_ADDR=a RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=p", "MASTER_PORT=p"),
+        ("MASTER_ADDR=a RANK=2 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1", "RANK=2"),
+    ],
+)
+def test_stray_variables_of_a_batch_system(monkeypatch, capfd, variables, named):
+    """They make no difference, or one line; training begins with the next thing that is wrong."""
+    for pair in variables.split():
+        monkeypatch.setenv(*pair.split("="))
+    assert vader.main(["--steps", "x"]) == 2
+    line = capfd.readouterr().err
+    assert line.count("\n") == 1 and (named or "--steps") in line
+
+
 # ---- Videos ------------------------------------------------------------------------------------------------
 REAL = imageio_ffmpeg.get_ffmpeg_exe()
 BROKEN = {

@@ -2,13 +2,15 @@
 
 import difflib
 import errno
+import os
 import re
 import sys
 
 import diffusers
 import transformers
 
-from rewards import BadInput
+import vader
+from rewards import BadInput, require
 
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)  # not of one's code
 
@@ -19,6 +21,7 @@ def in_one_line(command, argv) -> int:
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     try:
+        check_processes()
         command(argv)
         return 0
     except BadInput as error:
@@ -39,6 +42,22 @@ def in_one_line(command, argv) -> int:
         return say(f"stopped: {error}", 1)
     except KeyboardInterrupt:  # where another script has called it
         return say("stopped: go on with --resume", 1)
+
+
+def check_processes():
+    """Are torchrun's variables numbers, where all are there that `vader.ranks` looks at? Raises BadInput."""
+    if not os.environ.keys() >= {"MASTER_ADDR", "RANK", "WORLD_SIZE"}:
+        return
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        value = os.environ.get(name, "")
+        needed = name in ("RANK", "WORLD_SIZE") or os.environ["WORLD_SIZE"] != "1"
+        right = value.isdecimal() or not needed
+        advice = "start several processes by torchrun, one without these variables"
+        require(right, f"{name}={value} in the environment is no number: {advice}")
+    rank, world = vader.ranks()
+    require(rank < world, f"RANK={rank} in the environment, of WORLD_SIZE={world}: start them by torchrun")
+    if rank == 0 and world > 1:
+        print(f"the first of {world} processes, by torchrun's variables: it waits until all are there")
 
 
 def refuse_arguments(parser, message: str):
