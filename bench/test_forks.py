@@ -102,3 +102,18 @@ def test_a_module_that_a_family_lacks_is_no_missing_folder(settings, tmp_path, m
     monkeypatch.setitem(vader.FAMILIES, "needy.Needy", ("needy",))
     with pytest.raises(ModuleNotFoundError, match="nosuch_module"):
         vader.main(command(replace(settings, model="needy")))
+
+
+def test_a_file_that_is_missing_in_ones_own_code_keeps_its_traceback(quick, monkeypatch):
+    """By the command line as well; a disk that is full is one line."""
+
+    def make_mine(device, dtype, weights=None):
+        raise error
+
+    monkeypatch.setitem(rewards.REWARDS, "mine", make_mine)
+    words = command(replace(quick, reward="mine"))
+    error = FileNotFoundError(2, "nosuch")
+    with pytest.raises(FileNotFoundError):
+        vader.main(words)
+    error = OSError(28, "No space left on device")
+    assert vader.main(words) == 2
