@@ -371,7 +371,7 @@ class TextToVideoUNet(VideoModel):
 def add_lora(model: VideoModel, cfg: Config):
     """Put float32 low-rank adapters (Hu et al. 2021) on the frozen denoiser: new ones, or those in --lora."""
     if cfg.lora:
-        model.denoiser = peft.PeftModel.from_pretrained(model.denoiser, cfg.lora, is_trainable=True).eval()
+        model.denoiser = importlib.import_module("extras.lora").attach(model, cfg.lora)
     else:
         torch.manual_seed(cfg.seed)
         targets = cfg.lora_targets.replace(" ", "").split(",")

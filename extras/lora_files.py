@@ -1,6 +1,7 @@
 """The files of a trained LoRA beside PEFT's own: a card, vader.json, and those for diffusers and ComfyUI."""
 
 import json
+import os
 from pathlib import Path
 
 import peft
@@ -9,8 +10,9 @@ from safetensors.torch import save_file
 
 def public_name(source: str) -> str:
     """A hub id as it is; of a file or folder only its name, as its place is one's own."""
-    if Path(source).exists():
-        return Path(source).name
+    place = Path(os.path.expanduser(source))
+    if place.exists():
+        return place.name
     return source
 
 
@@ -97,6 +99,9 @@ def comfy_state(model) -> dict:
         up = layer.lora_B["default"].weight.detach()
         state[f"diffusion_model.{name}.lora_A.weight"] = down
         state[f"diffusion_model.{name}.lora_B.weight"] = up * layer.scaling["default"]
+        if layer.lora_bias["default"]:
+            difference = layer.lora_B["default"].bias.detach()
+            state[f"diffusion_model.{name}.diff_b"] = difference * layer.scaling["default"]
     return state
 
 
