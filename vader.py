@@ -398,12 +398,13 @@ class TextToVideoUNet(VideoModel):
 def add_lora(model: VideoModel, cfg: Config):
     """Put float32 low-rank adapters (Hu et al. 2021) on the frozen denoiser: new ones, or those in --lora."""
     if cfg.lora:
-        model.denoiser = peft.PeftModel.from_pretrained(model.denoiser, cfg.lora, is_trainable=True).eval()
-    else:
-        torch.manual_seed(cfg.seed)
-        targets = cfg.lora_targets.replace(" ", "").split(",")
-        config = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets)
-        model.denoiser = peft.get_peft_model(model.denoiser, config)
+        from extras.lora import attach
+
+        return attach(model, cfg.lora)
+    torch.manual_seed(cfg.seed)
+    targets = cfg.lora_targets.replace(" ", "").split(",")
+    config = peft.LoraConfig(r=cfg.lora_rank, lora_alpha=cfg.lora_alpha, target_modules=targets)
+    model.denoiser = peft.get_peft_model(model.denoiser, config)
 
 
 def lora_parameters(model: VideoModel) -> dict:
@@ -891,8 +892,7 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     for _, term in terms.values():
         networks.extend(getattr(term, "networks", []))
     networks.to("cpu")  # makes room for the text encoder, maybe the largest network of all
-    needed = dict.fromkeys([*prompts, Prompt(cfg.negative_prompt)])
-    run.conds = model.encode(list(needed), cfg)
+    run.conds = model.encode(list(dict.fromkeys([*prompts, Prompt(cfg.negative_prompt)])), cfg)
     model.load()
     if cfg.base_lora or cfg.quantize != "none":
         from extras.base_lora import prepare

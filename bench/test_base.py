@@ -75,7 +75,8 @@ def test_a_base_lora_is_fused_and_ours_alone_is_saved(cfg, family, tmp_path):
     assert frames[0].allclose(frames[1], atol=1e-5)
 
 
-def test_a_base_lora_in_diffusers_format_is_the_same(cfg, family, tmp_path):
+@pytest.mark.parametrize("flag", ["base_lora", "lora"])
+def test_a_lora_in_diffusers_format_is_the_same(cfg, family, flag, tmp_path):
     """A file that stock's load_lora_weights reads; fusing is compared with PEFT's of the same matrices."""
     fused = save_base(cfg, tmp_path / "base", TARGETS[family])
     state = load_file(tmp_path / "base" / "adapter_model.safetensors")
@@ -86,8 +87,11 @@ def test_a_base_lora_in_diffusers_format_is_the_same(cfg, family, tmp_path):
     state = {f"{folder}.{key}": w for key, w in state.items()}
     save_file(state, file := tmp_path / "pytorch_lora_weights.safetensors")
     for source in (file, tmp_path):
-        run = load(replace(cfg, base_lora=str(source), mode="sample"), randomise=False)
-        weights = run.model.denoiser.state_dict()
+        how = {flag: str(source), "lora_rank": None, "mode": "sample"}
+        denoiser = load(replace(cfg, **how), randomise=False).model.denoiser
+        if flag == "lora":
+            denoiser = denoiser.merge_and_unload()
+        weights = denoiser.state_dict()
         assert all(weights[name].allclose(w, atol=1e-5) for name, w in fused.items())
 
 

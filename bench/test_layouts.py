@@ -1,17 +1,18 @@
-"""Tests of --base_lora on other trainers' files, against stock's load_lora_weights; of what --lora takes."""
+"""Tests of --base_lora and --lora on other trainers' files, against stock's load_lora_weights."""
 
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file, save_file
 from test_models import stock_pipeline
 
 import vader
-from conftest import PROMPTS, checked, load
+from conftest import PROMPTS, checked, command, load
 from rewards import BadInput
 
 RANK, ALPHA = 4, 1.5
@@ -225,50 +226,161 @@ def output(run, denoiser):
     return said
 
 
+def stock_denoiser(run, file):
+    """The denoiser of the stock pipeline, with the LoRA in a file."""
+    kind = Path(run.cfg.model).name
+    pipe = stock_pipeline(kind, run.cfg)
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
+    return getattr(pipe, FOLDERS[kind])
+
+
+def assert_same(run, ours, stock):
+    """Do two denoisers with a LoRA say the same, and something else than the base?"""
+    base, ours, stock = (output(run, denoiser) for denoiser in (run.model.denoiser, ours, stock))
+    scale = stock.abs().max()
+    print(f"{(ours - stock).abs().max() / scale:.1e} of {(stock - base).abs().max() / scale:.1e}")
+    assert (ours - stock).abs().max() < 1e-5 * scale
+    assert (stock - base).abs().max() > 0.01 * scale
+
+
+@pytest.mark.parametrize("flag", ["base_lora", "lora"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_layout_is_fused_as_stock_does_it(layout, family_run, tmp_path, capsys):
+def test_a_layout_is_taken_as_stock_does_it(layout, flag, family_run, tmp_path, capsys):
     run = family_run(layout.split()[0])
     kind = save_layout(layout, run.model.denoiser, file := tmp_path / "some.safetensors")
-    fused = load(replace(run.cfg, base_lora=str(file)), randomise=False).model.denoiser
+    tuned = load(replace(run.cfg, **{flag: str(file)}), randomise=False).model.denoiser
     printed = capsys.readouterr().out
     left_out = LEFT_OUT.get(layout.removeprefix(f"{kind} "))
     assert printed.count("left out") == (1 if left_out else 0) and (left_out or "") in printed
-    pipe = stock_pipeline(kind, run.cfg)
-    pipe.load_lora_weights(tmp_path, weight_name=file.name)
-    base, ours, stock = (
-        output(run, denoiser) for denoiser in (run.model.denoiser, fused, getattr(pipe, FOLDERS[kind]))
-    )
-    scale = stock.abs().max()
-    print(f"{layout}: {(ours - stock).abs().max() / scale:.1e} of {(stock - base).abs().max() / scale:.1e}")
-    assert (ours - stock).abs().max() < 1e-5 * scale
-    assert (stock - base).abs().max() > 0.01 * scale
-    assert fused.state_dict().keys() == run.model.denoiser.state_dict().keys()
+    assert printed.count(f"--{flag} {file}: left out") == printed.count("left out")
+    assert_same(run, tuned, stock_denoiser(run, file))
+    if flag == "base_lora":
+        assert tuned.state_dict().keys() == run.model.denoiser.state_dict().keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_layout_is_trained_and_written_so_that_all_read_it(layout, family_run, tmp_path):
+    """Its ranks, its alphas and its biases, in each of the files that a run writes."""
+    run = family_run(layout.split()[0])
+    kind = save_layout(layout, run.model.denoiser, file := tmp_path / "some.safetensors")
+    begun = load(replace(run.cfg, mode="train", lora=str(file)), randomise=False)
+    weights = vader.lora_parameters(begun.model)
+    assert all(".default." in name and p.dtype == torch.float32 for name, p in weights.items())
+    torch.manual_seed(3)
+    for p in weights.values():  # as training does
+        p.data += 0.1 * torch.randn(p.shape)
+    vader.save_lora(begun.model, folder := tmp_path / "run" / "lora", begun.cfg)
+    tuned = begun.model.denoiser
+    files = {path.name for path in folder.glob("*.safetensors")} - {"adapter_model.safetensors"}
+    assert ("comfyui.safetensors" in files) == (kind in ("wan", "ltx"))
+    for name in files:
+        assert_same(run, stock_denoiser(run, folder / name), tuned)
+    fresh = load(run.cfg, randomise=False).model.denoiser
+    assert_same(run, PeftModel.from_pretrained(fresh, folder).eval(), tuned)
+    again = load(replace(run.cfg, mode="train", lora=str(tmp_path / "run")), randomise=False)
+    for name in ("lora_rank", "lora_alpha"):
+        assert getattr(again.cfg, name) == getattr(begun.cfg, name)
+    same = vader.lora_parameters(again.model)
+    assert same.keys() == weights.keys() and all(torch.equal(p, same[name]) for name, p in weights.items())
+
+
+def assert_added(before, after, matrices):
+    """Is after, of two state dicts, before + alpha / rank up @ down? matrices: {layer: (down, up, alpha)}."""
+    for name, (down, up, alpha) in matrices.items():
+        delta = torch.einsum("or,r...->o...", up.flatten(1), down) * (alpha / len(down))
+        found = after[f"{name}.weight"] - before[f"{name}.weight"]
+        torch.testing.assert_close(found, delta, rtol=0, atol=2e-6)
+
+
+def test_each_layer_has_its_own_rank_and_alpha(family_run, tmp_path):
+    """Even the alphas of attention, which stock reads under a name that fits no layer."""
+    run = family_run("animatediff")
+    state = kohya_ranks(run.model.denoiser)
+    queries = [key for key in state if key.endswith("_to_q.alpha")]
+    state |= {key: torch.tensor(n + 2.5) for n, key in enumerate(queries)}
+    save_file(state, file := tmp_path / "some.safetensors")
+    trained = load(replace(run.cfg, mode="train", lora=str(file)), randomise=False)
+    assert (trained.cfg.lora_rank, trained.cfg.lora_alpha) == (RANK, ALPHA)
+    assert trained.cfg.lora_targets == "conv1,net.2,proj,proj_in,proj_out,to_k,to_out.0,to_q,to_v"
+    vader.save_lora(trained.model, folder := tmp_path / "lora", trained.cfg)
+    assert_same(run, trained.model.denoiser, stock_denoiser(run, folder / "pytorch_lora_weights.safetensors"))
+    matrices = {}
+    for name in draw(run.model.denoiser, SD):
+        layer = "lora_unet_" + name.replace(".", "_")
+        ends = ("lora_down.weight", "lora_up.weight", "alpha")
+        matrices[name] = [state[f"{layer}.{end}"] for end in ends]
+    assert len({(len(down), alpha.item()) for down, _, alpha in matrices.values()}) == 2 + len(queries) > 4
+    fused = load(replace(run.cfg, base_lora=str(file)), randomise=False).model.denoiser
+    for tuned in (fused, trained.model.denoiser.merge_and_unload()):
+        assert_added(run.model.denoiser.state_dict(), tuned.state_dict(), matrices)
 
 
 def test_an_alpha_that_stock_refuses_counts(family_run, tmp_path):
-    """LTX's converter leaves alphas, and load_lora_weights refuses them: alpha / rank is in the matrices."""
+    """LTX's converter leaves alphas, and load_lora_weights refuses them."""
     run = family_run("ltx")
     state = original(run.model.denoiser, same, ATTENTION, first="lora_A", second="lora_B")
     save_file(state, file := tmp_path / "some.safetensors")
     with pytest.raises(ValueError, match="Invalid LoRA checkpoint"):
         stock_pipeline("ltx", run.cfg).load_lora_weights(tmp_path, weight_name=file.name)
-    fused = load(replace(run.cfg, base_lora=str(file)), randomise=False).model.denoiser.state_dict()
-    told = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 2})  # which of the two counts?
-    refused(run, state, "Invalid LoRA checkpoint", file, {"lora_adapter_metadata": told})
-    base = run.model.denoiser.state_dict()
-    for name, (down, up) in draw(run.model.denoiser, ATTENTION).items():
-        expected = base[f"{name}.weight"] + ALPHA / RANK * up @ down
-        torch.testing.assert_close(fused[f"{name}.weight"], expected, rtol=0, atol=1e-6)
+    fused = load(replace(run.cfg, base_lora=str(file)), randomise=False).model.denoiser
+    tuned = load(replace(run.cfg, lora=str(file)), randomise=False).model.denoiser.merge_and_unload()
+    matrices = {name: (*drawn, ALPHA) for name, drawn in draw(run.model.denoiser, ATTENTION).items()}
+    for denoiser in (fused, tuned):
+        assert_added(run.model.denoiser.state_dict(), denoiser.state_dict(), matrices)
+    told = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 2})
+    refused(run, state, "alphas, and a header that tells others", file, {"lora_adapter_metadata": told})
+
+
+@pytest.mark.parametrize("kind", ["animatediff", "wan"])
+def test_a_run_begins_from_stock_s_file_and_goes_on(kind, family_run, tmp_path, monkeypatch, capsys):
+    """By the command line; the file is in the home folder, as ~, beside another."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    layout = {"animatediff": "animatediff kohya, ranks", "wan": "wan causvid"}[kind]
+    run = family_run(kind)
+    for name in ("some", "another"):
+        save_layout(layout, run.model.denoiser, tmp_path / f"{name}.safetensors")
+    (tmp_path / "two.txt").write_text("a red kite\na moon")
+    lora = str(tmp_path / "some.safetensors")
+    how = dict(mode="train", lora="~/some.safetensors", prompts=str(tmp_path / "two.txt"))
+    how |= dict(height=32, width=32)
+    how |= dict(num_inference_steps=2, grad_accum=1, eval_videos=1, steps=2, lr=1e-2, eval_every=9)
+    cfg = replace(run.cfg, **how, out=str(tmp_path / "whole"))
+    assert vader.main(command(cfg)) == 0
+    assert f"base: {lora}, which training begins from" in capsys.readouterr().out
+    half = replace(cfg, steps=1, out=str(tmp_path / "half"))
+    assert vader.main(command(half)) == 0 == vader.main([*command(replace(half, steps=2)), "--resume"])
+    whole, resumed = (
+        load_file(tmp_path / name / "lora/adapter_model.safetensors") for name in ("whole", "half")
+    )
+    begun = load(replace(run.cfg, lora=str(tmp_path / "some.safetensors")), randomise=False)
+    for name, matrix in vader.lora_parameters(begun.model).items():
+        name = name.replace(".default", "")
+        assert torch.equal(whole[name], resumed[name]) and not torch.equal(whole[name], matrix)
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    assert config["lora"] == lora and config["lora_rank"] == RANK
+    scored = replace(cfg, mode="eval", out=str(tmp_path / "scored"))
+    assert (
+        vader.main(command(scored))
+        == 0
+        == vader.main(command(replace(scored, mode="sample", out=str(tmp_path / "made"))))
+    )
+    base, tuned = (row["eval"]["reward"] for row in vader.read_metrics(tmp_path / "scored"))
+    made = {
+        name: (tmp_path / name / "000.mp4").read_bytes()
+        for name in ("scored/tuned", "scored/base", "made/tuned")
+    }
+    assert base != tuned and made["made/tuned"] == made["scored/tuned"] != made["scored/base"]
 
 
 # ---- What is refused ---------------------------------------------------------------------------------------
-def refused(run, state, said, file, metadata=None, flag="base_lora"):
-    """Is a file of these tensors refused before a model loads, in a line with these words?"""
+def refused(run, state, said, file, metadata=None):
+    """Is a file of these tensors refused before a model loads, in a line with these words and the flag?"""
     save_file({key: w.contiguous() for key, w in state.items()}, file, metadata)
-    with pytest.raises(BadInput, match=said) as problem:
-        checked(replace(run.cfg, **{flag: str(file)}))
-    line = str(problem.value)
-    assert "\n" not in line and line.startswith(f"--{flag} {file}")
+    for flag in ("base_lora", "lora"):
+        with pytest.raises(BadInput, match=said) as problem:
+            checked(replace(run.cfg, **{flag: str(file)}))
+        line = str(problem.value)
+        assert "\n" not in line and line.startswith(f"--{flag} {file}")
 
 
 def first_layer(state, begin="lora_unet"):
@@ -304,7 +416,7 @@ def test_other_kinds_than_lora_are_named(family_run, tmp_path):
 def test_what_does_not_fit_or_nothing_takes_is_named(family_run, tmp_path):
     run, file = family_run("animatediff"), tmp_path / "some.safetensors"
     state = kohya(run.model.denoiser)
-    layer, *_ = layers = [key.removesuffix(".alpha") for key in state if key.endswith("_to_q.alpha")]
+    layer = next(key.removesuffix(".alpha") for key in state if key.endswith("_to_q.alpha"))
     up, down = f"{layer}.lora_up.weight", f"{layer}.lora_down.weight"
     without = {key: w for key, w in state.items() if key != up}
     refused(run, without, "no code for|another model", file)
@@ -319,8 +431,6 @@ def test_what_does_not_fit_or_nothing_takes_is_named(family_run, tmp_path):
     refused(run, state | nobody, "another model", file)
     for alpha in (0.0, -1.0, float("nan"), float("inf"), 1j):
         refused(run, state | {f"{layer}.alpha": torch.tensor(alpha)}, f"{layer}.alpha is no number", file)
-    mixed = {f"{name}.alpha": torch.tensor(float(n + 1)) for n, name in enumerate(layers)}
-    refused(run, state | mixed, "several alphas, and diffusers would take 1.5 for .*to_q, not", file)
     text = {key: w for key, w in kohya_with_text(run.model.denoiser).items() if key.startswith("lora_te")}
     refused(run, text, "no LoRA of the unet in it", file)
     plain = diffusers_names(run.model.denoiser, "unet")
@@ -366,24 +476,85 @@ def test_peft_s_configs_of_another_kind_are_named(family_run, tmp_path):
                 checked(replace(run.cfg, **{flag: str(folder)}))
 
 
-# ---- --lora ------------------------------------------------------------------------------------------------
-def test_lora_takes_a_run_s_folder(family_run, tmp_path):
+def test_a_bias_where_the_layer_has_none_is_named(family_run, tmp_path):
+    run, file = family_run("animatediff"), tmp_path / "some.safetensors"
+    state = diffusers_names(run.model.denoiser, "unet", pattern=r"attn1\.to_q$")
+    for key, up in [*state.items()]:
+        if "lora_B" in key:
+            state[key.replace("weight", "bias")] = torch.randn(len(up))
+    refused(run, state, "a difference of a bias for .*to_q, which has none", file)
+
+
+def test_numbers_in_headers_and_configs_are_looked_at(family_run, tmp_path):
+    run, file = family_run("animatediff"), tmp_path / "some.safetensors"
+    save_peft(run, folder := tmp_path / "lora")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    state = diffusers_names(run.model.denoiser, "unet")
+    for said, change in (
+        ("r of its .*'4'.*from 1 to 1024", dict(r="4")),
+        ("to_q of its .*nan.*from 0 to 1e6", dict(alpha_pattern={"to_q": float("nan")})),
+        ("to_q of its .*0.5.*from 1 to 1024", dict(rank_pattern={"to_q": 0.5})),
+        ("rank_pattern is .*a dictionary", dict(rank_pattern=["to_q"])),
+    ):
+        told = {f"unet.{key}": value for key, value in (dict(r=4, lora_alpha=2) | change).items()}
+        refused(run, state, said, file, {"lora_adapter_metadata": json.dumps(told)})
+        (folder / "adapter_config.json").write_text(json.dumps(config | change))
+        for flag in ("lora", "base_lora"):
+            with pytest.raises(BadInput, match=f"--{flag} .*{said}"):
+                checked(replace(run.cfg, **{flag: str(folder)}))
+
+
+def test_peft_s_file_without_its_config_is_refused(family_run, tmp_path):
+    """Its alpha is not known."""
     run = family_run("wan")
-    save_peft(run, tmp_path / "run" / "lora", lora_alpha=7)
-    for source in (tmp_path / "run", tmp_path / "run" / "lora"):
-        cfg = checked(replace(run.cfg, lora=str(source)))
-        assert (cfg.lora, cfg.lora_alpha) == (str(tmp_path / "run" / "lora"), 7)
-    whole = load(replace(run.cfg, lora=str(tmp_path / "run")), randomise=False)
-    part = load(cfg, randomise=False)
-    file = tmp_path / "run" / "lora" / "adapter_model.safetensors"
-    assert torch.equal(output(whole, whole.model.denoiser), output(part, part.model.denoiser))
-    assert checked(replace(run.cfg, lora=str(file))).lora == cfg.lora
+    save_peft(run, tmp_path / "lora", lora_alpha=7)
+    (tmp_path / "lora" / "adapter_config.json").unlink()
+    for flag in ("lora", "base_lora"):
+        for source in (tmp_path / "lora", tmp_path / "lora" / "adapter_model.safetensors"):
+            with pytest.raises(BadInput, match=f"--{flag} {source}: .*no adapter_config.json beside it"):
+                checked(replace(run.cfg, **{flag: str(source)}))
+        with pytest.raises(BadInput, match=f"--{flag} nosuch: no such file or folder, and no hub id"):
+            checked(replace(run.cfg, **{flag: "nosuch"}))
 
 
-def test_lora_in_stock_s_format_says_what_to_give(family_run, tmp_path):
-    run, file = family_run("wan"), tmp_path / "some.safetensors"
-    refused(
-        run, original(run.model.denoiser, wan_name), "PEFT's format.*adapter_config.json", file, flag="lora"
-    )
-    with pytest.raises(BadInput, match="--lora nosuch: no such file or folder, and no hub id"):
-        checked(replace(run.cfg, lora="nosuch"))
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_its_adapters_are_float32_on_a_base_of_bf16(quantize, family_run, tmp_path):
+    run = family_run("wan")
+    state = original(run.model.denoiser, wan_name, alpha=None)
+    state = {key: w.bfloat16() for key, w in state.items()}
+    save_file(state, file := tmp_path / "some.safetensors")
+    cfg = replace(run.cfg, mode="train", lora=str(file), dtype="bf16", quantize=quantize)
+    tuned = load(cfg, randomise=False).model
+    weights = vader.lora_parameters(tuned)
+    assert len(weights) == len(state) and {p.dtype for p in weights.values()} == {torch.float32}
+    assert {p.dtype for p in tuned.denoiser.parameters() if not p.requires_grad} == {torch.bfloat16}
+    some = next(name for name in weights if name.endswith("blocks.0.attn1.to_q.lora_A.default.weight"))
+    assert torch.equal(weights[some], state["diffusion_model.blocks.0.self_attn.q.lora_down.weight"].float())
+
+
+def test_a_lora_with_biases_on_a_base_of_int8_is_refused(family_run, tmp_path):
+    run = family_run("wan")
+    save_layout("wan causvid", run.model.denoiser, file := tmp_path / "some.safetensors")
+    with pytest.raises(BadInput, match="--quantize int8: PEFT has no code for the biases in --lora"):
+        checked(replace(run.cfg, lora=str(file), quantize="int8"))
+    cfg = replace(run.cfg, quantize="int8")
+    save_layout("wan lightning", run.model.denoiser, file)
+    base = load(cfg, randomise=False).model.denoiser
+    tuned = load(replace(cfg, lora=str(file)), randomise=False).model.denoiser
+    assert not torch.equal(output(run, base), output(run, tuned))
+
+
+# ---- A run's folder ----------------------------------------------------------------------------------------
+def test_lora_takes_a_run_s_folder_and_each_of_its_files(family_run, tmp_path):
+    run = family_run("wan")
+    tuned = load(replace(run.cfg, mode="train", lora_rank=4, lora_alpha=6, lora_targets="to_q,to_v"))
+    vader.save_lora(tuned.model, folder := tmp_path / "run" / "lora")
+    made = []
+    for source in (tmp_path / "run", folder, *sorted(folder.glob("*.safetensors"))):
+        tuned = load(replace(run.cfg, lora=str(source)), randomise=False)
+        alpha = 4 if source.name == "comfyui.safetensors" else 6  # which has alpha / rank in its matrices
+        assert (tuned.cfg.lora, tuned.cfg.lora_alpha) == (str(source), alpha)
+        made.append(output(run, tuned.model.denoiser))
+    assert len(made) == 5 and not torch.equal(made[0], output(run, run.model.denoiser))
+    for one in made[1:]:
+        torch.testing.assert_close(one, made[0], rtol=0, atol=1e-5)

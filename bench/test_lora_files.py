@@ -24,7 +24,7 @@ from test_models import our_frames, stock_frames, stock_pipeline
 import vader
 from conftest import batch, checked, command, load, python
 from extras.hub import write_repository
-from extras.lora_files import comfy_state
+from extras.lora_files import comfy_state, public_name
 from rewards import BadInput
 
 # Linear layers by their names in the original checkpoints, which ComfyUI's LoRA loader takes after
@@ -144,6 +144,12 @@ def test_only_models_that_comfyui_runs_have_its_file(settings, checkpoints, tmp_
         "adapter_model.safetensors",
         "pytorch_lora_weights.safetensors",
     }
+
+
+def test_of_a_place_only_its_name_is_public(tmp_path):
+    (tmp_path / "some.safetensors").write_text("")
+    assert public_name(str(tmp_path / "some.safetensors")) == "some.safetensors"
+    assert public_name("owner/name") == "owner/name"
 
 
 # ---- Headers -----------------------------------------------------------------------------------------------

@@ -153,15 +153,14 @@ def test_a_lora_may_be_on_the_hub(mocked_hub, tmp_path, settings):
     vader.save_lora(run.model, tmp_path / "repo")
     cfg = replace(settings, mode="sample", lora="some/model", lora_rank=None)
     again = load(cfg, randomise=False)
-    assert (again.cfg.lora, again.cfg.lora_alpha) == (str(tmp_path / "cache"), 7)
+    assert (again.cfg.lora, again.cfg.lora_alpha) == ("some/model", 7)
+    assert {"adapter_config.json", "adapter_model.safetensors", "vader.json"} <= {*mocked_hub}
     ours, loaded = (vader.lora_parameters(one.model) for one in (run, again))
     assert all(torch.equal(w, loaded[name]) for name, w in ours.items())
     for folder in ("repo", "cache"):
         (tmp_path / folder / "adapter_config.json").unlink()
     rewards.list_hub.cache_clear()
-    with pytest.raises(
-        BadInput, match="--lora some/model: .* not in PEFT's format.*give a run's lora folder"
-    ):
+    with pytest.raises(BadInput, match="--lora some/model: .*no adapter_config.json beside.*a run's lora"):
         checked(cfg)
 
 

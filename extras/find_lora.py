@@ -14,7 +14,7 @@ NAMES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")  # PEF
 def find_lora(source: str, flag: str) -> Path:
     """The file of a LoRA: a file, in a folder, or on the hub (owner/name, or owner/name/file).
 
-    From the hub it is downloaded, with the adapter_config.json beside it. Raises BadInput.
+    From the hub it is downloaded, with what tells of it. Raises BadInput.
     """
     if Path(source).is_file():
         return Path(source)
@@ -28,9 +28,10 @@ def find_lora(source: str, flag: str) -> Path:
             names = list_hub(place)
     if not name:
         name = pick_file(source, names, flag)
-    config = str(Path(name).with_name("adapter_config.json"))
-    if config in names:
-        fetch(place, config, flag)  # to lie beside the other, in the cache
+    for beside in ("adapter_config.json", "vader.json"):
+        other = str(Path(name).with_name(beside))
+        if other in names:
+            fetch(place, other, flag)  # to lie beside the first, in the cache
     return fetch(place, name, flag)
 
 
@@ -54,7 +55,8 @@ def split_hub_id(source: str, flag: str) -> tuple[str, str]:
 def pick_file(source: str, names: list[str], flag: str) -> str:
     """Which of a folder's files is the LoRA: one named as PEFT or diffusers do, else the only one."""
     files = [name for name in names if name.endswith(".safetensors")]
-    require(files, f"{flag} {source}: there is no .safetensors file")
+    advice = "give a run's lora folder, or a LoRA's file"
+    require(files, f"{flag} {source}: there is no adapter_config.json and no .safetensors file: {advice}")
     for name in NAMES:
         if name in files:
             return name

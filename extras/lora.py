@@ -1,33 +1,101 @@
-"""--lora: what a trained LoRA must be before a model loads."""
+"""--lora and --base_lora: a LoRA of any format is read, checked, and put on a denoiser as PEFT has it."""
 
-import contextlib
 import dataclasses
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
-import diffusers
 import peft
 import torch
 from safetensors.torch import load_file
 
-from extras.find_lora import find_lora, is_peft
+import vader
+from extras.find_lora import NAMES, find_lora, is_peft
+from extras.lora_checks import check_alphas, check_biases, check_config, check_kind, check_matrices, quiet
+from extras.stock_lora import make_config, read_stock
 from rewards import as_bad_input, read_json, require
 from vader import VideoModel, fill_in, read_config
 
-OTHER_TRAINING = {"bias": "biases", "modules_to_save": "whole layers", "use_dora": "DoRA"}
+FLAG = "--lora"
+PEFT_PREFIX = "base_model.model."  # of the matrices' names in PEFT's files
 
 
-@contextlib.contextmanager
-def quiet():
-    """Inside, diffusers and PEFT don't warn, nor log what they raise as well."""
-    verbosity = diffusers.utils.logging.get_verbosity()
-    diffusers.utils.logging.set_verbosity(diffusers.utils.logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        diffusers.utils.logging.set_verbosity(verbosity)
+# ---- Reading -----------------------------------------------------------------------------------------------
+class Lora(NamedTuple):
+    """A LoRA as PEFT has it."""
+
+    config: peft.LoraConfig
+    matrices: dict  # by the names of the layers, without PEFT_PREFIX
+    left_out: list[str] = []  # lines on what of its file is not for the denoiser
+
+
+def read_lora(source: str, flag: str, family: type[VideoModel]) -> Lora:
+    """Read a LoRA in PEFT's format, or in one that the model's pipeline in diffusers reads.
+
+    source: what was given to the flag. family: a model's class. Raises BadInput for a LoRA that is damaged,
+    or of a kind that there is no code for; whether it fits the denoiser, `put_on` finds.
+    """
+    file = find_lora(source, flag)
+    where = f"{flag} {source}"
+    if is_peft(file):
+        return read_peft(where, file)
+    advice = "there is no adapter_config.json beside it, to tell its alpha: give a run's lora folder"
+    require(file.name != NAMES[0], f"{where}: {file.name} is PEFT's, and {advice}")
+    require(file.suffix == ".safetensors", f"{where}: give a .safetensors file")
+    with as_bad_input(f"{where} is damaged, or no LoRA"):
+        state = load_file(file)
+    check_kind(where, state)
+    check_alphas(where, state)
+    first = min(state, default="")
+    if first.startswith(PEFT_PREFIX) or not family.lora_pipeline:
+        return read_plain(where, state, family)
+    return Lora(*read_stock(where, file, state, family))
+
+
+def read_peft(where: str, file: Path) -> Lora:
+    """A LoRA as PEFT saves it, with its config beside it. Raises BadInput."""
+    check_config(where, read_json(file.with_name("adapter_config.json")))
+    problem = f"{where} is damaged, or made for another model"
+    with as_bad_input(problem), quiet():  # PEFT warns of settings that it does not know
+        config = peft.PeftConfig.from_pretrained(str(file.parent))
+        state = load_file(file)
+    config.base_model_name_or_path = None
+    config.inference_mode = False  # or nothing would train
+    matrices = {}
+    for key, matrix in state.items():
+        matrices[key.removeprefix(PEFT_PREFIX)] = matrix
+    return Lora(config, matrices)
+
+
+def read_plain(where: str, state: dict, family) -> Lora:
+    """Matrices by the layers' names, maybe with PEFT's prefix or a pipeline's: each layer is scaled by 1."""
+    matrices = {}
+    for key, matrix in state.items():
+        for prefix in (PEFT_PREFIX, f"{family.folder}."):
+            key = key.removeprefix(prefix)
+        matrices[key] = matrix
+    return Lora(make_config(where, matrices, {}), matrices)
+
+
+def put_on(where: str, denoiser: torch.nn.Module, lora: Lora) -> peft.PeftModel:
+    """A denoiser with a LoRA as float32 adapters that train; of one without weights they are empty too.
+
+    Raises BadInput, which begins with `where`, when the LoRA does not fit.
+    """
+    is_empty = denoiser.device.type == "meta"
+    with as_bad_input(f"{where} was made for another model, or is damaged"), quiet():
+        adapted = peft.get_peft_model(
+            denoiser, lora.config, low_cpu_mem_usage=is_empty
+        )  # or it takes seconds
+        expected = {}
+        for key, matrix in peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).items():
+            expected[key.removeprefix(PEFT_PREFIX)] = matrix
+    check_matrices(where, lora.matrices, expected)
+    check_biases(where, adapted)
+    if not is_empty:
+        named = {PEFT_PREFIX + key: matrix for key, matrix in lora.matrices.items()}
+        peft.set_peft_model_state_dict(adapted, named)
+    return adapted.eval()
 
 
 def build_on_meta(family: type[VideoModel], source: str) -> torch.nn.Module:
@@ -39,125 +107,57 @@ def build_on_meta(family: type[VideoModel], source: str) -> torch.nn.Module:
         return family.denoiser_class.from_config(config)
 
 
-def read_lora(folder: str, flag: str, denoiser) -> tuple[peft.LoraConfig, dict]:
-    """Read a LoRA as PEFT saves it: its config, and its matrices by their names in the file.
-
-    flag: the one that asks for it, named in what is raised. denoiser: the denoiser without weights, for which
-    every matrix must be there, of the right shape and finite. Raises BadInput.
-    """
-    where = f"{flag} {folder}"
-    config_file = Path(folder) / "adapter_config.json"
-    weights_file = Path(folder) / "adapter_model.safetensors"
-    for file in (config_file, weights_file):
-        require(file.is_file(), f"{where}: there is no {file.name}: give a run's lora folder")
-    check_config(where, read_json(config_file))
-    problem = f"{where} is damaged, or made for another model"
-    with as_bad_input(problem), quiet():  # PEFT warns of settings that it does not know
-        config = peft.PeftConfig.from_pretrained(folder)
-        state = load_file(weights_file)
-    config.base_model_name_or_path = None
-    check_matrices(where, state, expected_matrices(problem, config, denoiser))
-    return config, state
-
-
-def check_config(where: str, config: dict):
-    """Raises BadInput, which begins with `where`, for an adapter_config.json that there is no code for."""
-    kind = config.get("peft_type")
-    require(kind == "LORA", f"{where}: its adapter_config.json is that of a {kind}, not of a LORA")
-    alpha = config.get("lora_alpha")
-    allowed = type(alpha) in (int, float) and 0 < alpha <= 1e6
-    require(allowed, f"{where}: lora_alpha of its adapter_config.json is {alpha!r}: give one from 0 to 1e6")
-    targets = config.get("target_modules")
-    is_list = type(targets) is list
-    require(
-        is_list, f"{where}: target_modules is {targets!r}, a regular expression: it must be a list of names"
-    )
-    rank = config.get("r")
-    allowed = type(rank) is int and 0 < rank <= 1024
-    require(allowed, f"{where}: r of its adapter_config.json is {rank!r}: give one from 1 to 1024")
-    check_training(where, config)
-
-
-def check_training(where: str, config: dict):
-    """Raises BadInput for a LoRA that by its config trained more than matrices, or changed the base."""
-    for name, kind in OTHER_TRAINING.items():
-        is_off = config.get(name) in (None, False, "none")
-        require(is_off, f"{where} has {kind}: there is no code for {name} of its config")
-    start = config.get("init_lora_weights")
-    keeps_base = start in (None, True, False, "gaussian", "orthogonal", "eva")
-    require(
-        keeps_base,
-        f"{where} begins from {start!r} (init_lora_weights), which changes the base: no code for it",
-    )
-
-
-def expected_matrices(problem: str, config: peft.LoraConfig, denoiser) -> dict:
-    """The matrices, without content, that a LoRA of this config has on a denoiser without weights.
-
-    Raises BadInput, which begins with `problem`, when the config does not fit the denoiser.
-    """
-    with as_bad_input(problem), quiet():  # PEFT warns of what does not fit, which is an error here
-        adapted = peft.get_peft_model(denoiser, config)
-        return peft.get_peft_model_state_dict(adapted)
-
-
-def check_matrices(where: str, state: dict, expected: dict):
-    """Raises BadInput unless state has the expected matrices and no others, all of finite numbers."""
-    for name in sorted(state.keys() | expected.keys()):
-        is_right = is_like(state.get(name), expected.get(name))
-        require(is_right, f"{where} was made for another model, or is damaged: {name}")
-
-
-def is_like(matrix, expected) -> bool:
-    """Has a matrix of finite numbers the expected one's shape? Either may be None, which is not there."""
-    if matrix is None or expected is None:
-        return False
-    if matrix.shape != expected.shape or not matrix.is_floating_point():
-        return False
-    return bool(matrix.isfinite().all())
+# ---- --lora ------------------------------------------------------------------------------------------------
+def attach(model: VideoModel, source: str):
+    """Put the LoRA that --lora names on the model's denoiser, to sample with or to train. Raises BadInput."""
+    warnings.filterwarnings("ignore", ".*LoRA tensor.*have invalid shape")  # PEFT's, of biases that it saves
+    lora = read_lora(source, FLAG, type(model))
+    model.denoiser = put_on(f"{FLAG} {source}", model.denoiser, lora)
 
 
 def find_folder(source: str) -> str:
-    """The folder of PEFT's files that --lora names: itself, in a run's, or from the hub. Raises BadInput."""
-    if (Path(source) / "adapter_config.json").is_file():
-        return source
-    is_run = (Path(source) / "lora" / "adapter_config.json").is_file()
-    problem = f"--lora {source}: there is no adapter_config.json: give a run's lora folder"
-    require(is_run or not Path(source).is_dir(), problem)
-    file = find_lora(source, "--lora")
-    advice = "give a run's lora folder, or one with adapter_config.json and adapter_model.safetensors"
-    require(
-        is_peft(file),
-        f"--lora {source}: {file.name} is not in PEFT's format, as --base_lora may be: {advice}",
-    )
-    return str(file.parent)
+    """The folder of the file that --lora names. Raises BadInput."""
+    return str(find_lora(source, FLAG).parent)
 
 
 def with_lora(cfg):
-    """cfg with the folder of its --lora, and that LoRA's settings where it has none. Raises BadInput."""
-    folder = find_folder(cfg.lora)
-    cfg = dataclasses.replace(cfg, lora=folder)
-    return fill_in(cfg, **adapter_settings(folder))
+    """cfg with the settings of its --lora where it has none. Raises BadInput."""
+    family, _, _ = vader.find_model(cfg.model)
+    return fill_in(cfg, **adapter_settings(read_lora(cfg.lora, FLAG, family)))
 
 
-def adapter_settings(folder: str) -> dict:
-    """The rank, alpha and targets of the LoRA in a folder, as settings."""
-    config = read_json(Path(folder) / "adapter_config.json")
-    targets = ",".join(sorted(config["target_modules"]))
-    return dict(lora_rank=config["r"], lora_alpha=config["lora_alpha"], lora_targets=targets)
+def adapter_settings(lora: Lora) -> dict:
+    """The rank, alpha and targets of a LoRA, as settings; where layers have several, the commonest."""
+    layers = {key.partition(".lora_")[0] for key in lora.matrices}
+    targets = set()
+    for name in lora.config.target_modules:
+        if name in layers:  # one layer's whole name
+            *_, before, last = ["", *name.split(".")]
+            name = last
+            if last.isdigit():
+                name = f"{before}.{last}"
+        targets.add(name)
+    joined = ",".join(sorted(targets))
+    return dict(lora_rank=lora.config.r, lora_alpha=lora.config.lora_alpha, lora_targets=joined)
 
 
 def check_lora(cfg, denoiser):
-    """Raises BadInput when --lora does not fit the denoiser, or when a setting of the user's says otherwise.
+    """Print what of --lora is left out. Raises BadInput when it does not fit the denoiser or other settings.
 
     denoiser: without weights.
     """
-    folder = find_folder(cfg.lora)
-    read_lora(folder, "--lora", denoiser)
-    for name, value in adapter_settings(folder).items():
+    full = vader.resolve(dataclasses.replace(cfg, lora=None))
+    family, _, _ = vader.find_model(full.model)
+    lora = read_lora(cfg.lora, FLAG, family)
+    put_on(f"{FLAG} {cfg.lora}", denoiser, lora)
+    has_bias = lora.config.lora_bias and cfg.quantize == "int8"
+    require(not has_bias, f"--quantize int8: PEFT has no code for the biases in {FLAG}: take none, or nf4")
+    for name, value in adapter_settings(lora).items():
         wanted = getattr(cfg, name)
         same = wanted is None or split_names(wanted) == split_names(value)
         require(same, f"--{name} {wanted}: the LoRA in --lora has {value}, leave the flag out")
+    for line in lora.left_out:
+        print(line)
 
 
 def split_names(value) -> set[str]:

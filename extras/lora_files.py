@@ -119,6 +119,9 @@ def comfy_state(model) -> dict:
         up = layer.lora_B["default"].weight.detach()
         state[f"diffusion_model.{name}.lora_A.weight"] = down
         state[f"diffusion_model.{name}.lora_B.weight"] = up * layer.scaling["default"]
+        if layer.lora_bias["default"]:
+            difference = layer.lora_B["default"].bias.detach()
+            state[f"diffusion_model.{name}.diff_b"] = difference * layer.scaling["default"]
     return state
 
 

@@ -1,81 +1,100 @@
-"""LoRA files of all formats that a model's stock pipeline reads: checked, and fused, by its own loader."""
+"""LoRA files of all formats that a model's stock pipeline reads, by its own converter, as PEFT has them."""
 
-import math
+import re
+import statistics
 from pathlib import Path
 
 import diffusers
 import peft
 import torch
 
-from extras.lora import check_matrices, check_training, quiet
+from extras.lora_checks import check_scale, check_training, quiet
 from rewards import as_bad_input, require
 
-ADAPTER = "base"  # the name that PEFT's layers know it by
+# What the header of diffusers' files tells of the scale of each layer; the rest is not for loading.
+HEADER = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias")
 
 
-def fuse(where: str, source, model):
-    """Fuse a LoRA into the model's denoiser, as stock's load_lora_weights and fuse_lora do.
+def read_stock(where: str, file: Path, tensors: dict, family) -> tuple[peft.LoraConfig, dict, list[str]]:
+    """Config and matrices of a LoRA's file, by the layers' names, and lines on what is left out.
 
-    source: what `check` has returned of its file.
+    tensors: the file's. family: a model's class. Raises BadInput for a LoRA that the pipeline has no
+    converter for, and for tensors that the converter drops, unless they are such as it always does.
     """
-    family = type(model)
-    pipe = build_pipeline(family, model.denoiser)
-    load(where, source, pipe)
-    with quiet():
-        pipe.fuse_lora(components=[family.folder])
-        pipe.unload_lora_weights()  # the layers stay as they were fused
-    model.denoiser.eval().requires_grad_(False)
-
-
-def check(where: str, file: Path, tensors: dict, family, denoiser) -> tuple[Path | dict, list[str]]:
-    """What stock is to load of a LoRA's file, the file itself or tensors; and lines on what is left out.
-
-    tensors: the file's, of any shapes. family: a model's class. denoiser: its denoiser, without weights.
-    Raises BadInput for a LoRA that stock can't load into it, or loads otherwise than the file says.
-    """
-    converted, *alphas, metadata = convert(where, file, family)
-    matrices = rename(converted, family)
-    source = file
-    has_alphas = any(key.endswith(".alpha") for key in matrices)  # which stock would refuse
-    if has_alphas and not metadata:
-        source = multiply_alphas(where, tensors)
-        converted, *alphas, metadata = convert(where, source, family)
-        matrices = rename(converted, family)
+    converted, *network_alphas, header = convert(where, file, family)
+    matrices, alphas = {}, {}
+    for key, tensor in rename(converted, family).items():
+        if key.endswith(".alpha"):  # which the converter knows nothing of
+            alphas[key.removesuffix(".alpha")] = tensor.item()
+        else:
+            matrices[key] = tensor
+    for given in network_alphas:  # nothing, None or a dictionary
+        for key, alpha in rename(given or {}, family).items():
+            layer = key.removesuffix(".alpha").split(".lora_A")[0]
+            alphas[layer] = alpha
     place = f"{where}: there is no LoRA of the {family.folder} in it"
     require(matrices, f"{place}, in PEFT's format or one of {family.lora_pipeline.__name__}")
-    if metadata:
-        check_training(where, rename(metadata, family))
-    kept = find_kept(where, tensors, family)
-    lines = describe_left_out(where, tensors.keys() - kept)
-    pipe = build_pipeline(family, denoiser)
-    load(where, source, pipe)
-    with quiet():
-        expected = peft.get_peft_model_state_dict(denoiser, adapter_name=ADAPTER)
-    check_matrices(where, matrices, expected)
-    check_layers(where, denoiser, rename_alphas(alphas, family))
-    return source, lines
+    lines = describe_left_out(where, tensors.keys() - find_kept(where, tensors, family))
+    header = rename(header or {}, family)
+    require(not (alphas and header), f"{where} has alphas, and a header that tells others: which count?")
+    if header:
+        return read_header(where, header, matrices), matrices, lines
+    return make_config(where, matrices, alphas), matrices, lines
 
 
-def build_pipeline(family, denoiser):
-    """The stock pipeline around this denoiser; all its other parts are None."""
-    pipe = family("", "cpu", torch.float32).stock(family.lora_pipeline)
-    setattr(pipe, family.folder, denoiser)
-    pipe.load_lora_into_text_encoder = lambda *args, **kwargs: None  # there is no text encoder
-    return pipe
+def make_config(where: str, matrices: dict, alphas: dict[str, float]) -> peft.LoraConfig:
+    """A config for these matrices, where each layer has its own rank and alpha. Raises BadInput.
+
+    alphas: by the layers' names; where there is none, it is the rank.
+    """
+    ranks = find_ranks(matrices)
+    require(ranks, f"{where}: there is no LoRA in it, in PEFT's format or the pipeline's in diffusers")
+    for layer in alphas:
+        require(layer in ranks, f"{where} is damaged: there is no matrix for the alpha of {layer}")
+    alphas = ranks | alphas
+    has_bias = any(key.endswith(".lora_B.bias") for key in matrices)
+    require(not has_bias or alphas == ranks, f"{where}: there is no code for alphas beside biases")
+    rank, alpha = statistics.mode(ranks.values()), statistics.mode(alphas.values())
+    if alpha == int(alpha):
+        alpha = int(alpha)
+    return peft.LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern=list_others(ranks, rank),
+        alpha_pattern=list_others(alphas, alpha),
+        target_modules=list(ranks),
+        lora_bias=has_bias,
+    )
 
 
-def load(where: str, source: Path | dict, pipe):
-    """Stock's load_lora_weights. Raises BadInput."""
-    what, kwargs = as_stock_takes(source)
-    with quiet(), as_bad_input(f"{where} was made for another model, or is damaged"):
-        pipe.load_lora_weights(what, adapter_name=ADAPTER, **kwargs)
+def read_header(where: str, header: dict, matrices: dict) -> peft.LoraConfig:
+    """The config that the header of diffusers' files tells, for these matrices. Raises BadInput."""
+    check_training(where, header)
+    check_scale(where, header, "of its header")
+    told = {}
+    for name in HEADER:
+        if name in header:
+            told[name] = header[name]
+    return peft.LoraConfig(target_modules=list(find_ranks(matrices)), **told)
 
 
-def as_stock_takes(source: Path | dict) -> tuple:
-    """A file as its folder and a keyword argument with its name; a dictionary of tensors as itself."""
-    if isinstance(source, Path):
-        return str(source.parent), {"weight_name": source.name}
-    return source, {}
+def find_ranks(matrices: dict) -> dict[str, int]:
+    """{layer: rank} of matrices."""
+    ranks = {}
+    for key, matrix in matrices.items():
+        layer, _, which = key.partition(".lora_")
+        if which == "A.weight" and matrix.dim() > 1:
+            ranks[layer] = len(matrix)
+    return ranks
+
+
+def list_others(values: dict, commonest) -> dict:
+    """What PEFT takes for the layers with another value, by patterns that each fit one layer alone."""
+    others = {}
+    for layer, value in values.items():
+        if value != commonest:
+            others[f"^{re.escape(layer)}"] = value
+    return others
 
 
 # ---- What is taken from a file -----------------------------------------------------------------------------
@@ -84,28 +103,11 @@ def convert(where: str, source: Path | dict, family) -> tuple:
 
     Raises BadInput.
     """
-    what, kwargs = as_stock_takes(source)
+    kwargs = {}
+    if isinstance(source, Path):
+        source, kwargs = str(source.parent), {"weight_name": source.name}
     with quiet(), as_bad_input(f"{where} is in a format that diffusers has no code for"):
-        return family.lora_pipeline.lora_state_dict(what, return_lora_metadata=True, **kwargs)
-
-
-def multiply_alphas(where: str, tensors: dict) -> dict:
-    """The tensors without alphas: each layer's second matrix is multiplied by its alpha / rank.
-
-    Raises BadInput for differences of biases beside alphas.
-    """
-    multiplied = {}
-    for key, tensor in tensors.items():
-        if key.endswith(".alpha"):
-            continue
-        layer, _, which = key.partition(".lora_")  # A.weight, B.weight, down.weight, up.weight
-        alpha = tensors.get(f"{layer}.alpha")
-        if alpha is not None and which.startswith(("B.", "up.")):
-            require(tensor.dim() > 1, f"{where}: there is no code for alphas beside {key}")
-            rank = tensor.shape[1]
-            tensor = tensor * (alpha / rank)
-        multiplied[key] = tensor
-    return multiplied
+        return family.lora_pipeline.lora_state_dict(source, return_lora_metadata=True, **kwargs)
 
 
 def find_kept(where: str, tensors: dict, family) -> set[str]:
@@ -156,33 +158,3 @@ def describe_left_out(where: str, keys: set[str]) -> list[str]:
             f"{where}: left out, as by diffusers: {len(differences)} differences, as {differences[0]}"
         )
     return lines
-
-
-def rename_alphas(alphas: list, family) -> dict[str, float]:
-    """{layer: alpha}, of what lora_state_dict has between matrices and metadata: nothing, None or a dict."""
-    found = {}
-    for given in alphas:
-        for key, alpha in rename(given or {}, family).items():
-            layer = key.removesuffix(".alpha").split(".lora_A")[0]
-            found[layer] = alpha
-    return found
-
-
-def check_layers(where: str, denoiser, alphas: dict[str, float]):
-    """Raises BadInput unless every layer of a loaded LoRA has its alpha, and a bias where the LoRA has one.
-
-    diffusers reads the alphas of attention layers under a name that fits no layer, so that they get the
-    commonest alpha of the file; a layer without an alpha beside others with one gets that too.
-    """
-    for name, layer in denoiser.named_modules():
-        if not isinstance(layer, peft.tuners.lora.LoraLayer):
-            continue
-        used = layer.lora_alpha[ADAPTER]
-        require(math.isfinite(layer.scaling[ADAPTER]), f"{where} is damaged: {name} is scaled by {used}")
-        if alphas:
-            alpha = alphas.get(name, layer.r[ADAPTER])
-            problem = f"its layers have several alphas, and diffusers would take {used:g} for {name}"
-            require(used == alpha, f"{where}: {problem}, not {alpha:g}")
-        if layer.lora_bias[ADAPTER]:
-            problem = f"it has a difference of a bias for {name}, which has none"
-            require(layer.get_base_layer().bias is not None, f"{where}: {problem}")
