@@ -409,7 +409,7 @@ def test_stills_show_a_row_per_evaluation(tmp_path, monkeypatch):
     shades = torch.tensor([0.2, 0.8])
     for name, shade in zip(("dark", "light"), shades, strict=True):
         for n in range(8):
-            vader.write_video(tmp_path / name / f"{n:03d}.mp4", shade.expand(3, 3, 16, 16))
+            vader.write_video(tmp_path / name / f"{n:03d}.mp4", shade.expand(3, 3, 16, 16), 8)
     efficiency.stills(("dark", "light"), tmp_path / "stills.png")
     picture = iio.imread(tmp_path / "stills.png") / 255
     assert picture.shape == (256, 8 * 128, 3)
@@ -420,7 +420,7 @@ def test_a_strip_has_the_first_and_the_last_evaluation(tmp_path):
     for name, shade in (("a", 0.2), ("b", 0.5), ("c", 0.8)):
         vader.append_metrics(Config(out=str(tmp_path)), {"step": 0, "eval": {"folder": name}})
         for n in range(6):
-            vader.write_video(tmp_path / name / f"{n:03d}.mp4", torch.full((4, 3, 16, 16), shade))
+            vader.write_video(tmp_path / name / f"{n:03d}.mp4", torch.full((4, 3, 16, 16), shade), 8)
     picture = strip.strip(tmp_path) / 255
     assert picture.shape == (6 * 128, 6 * 128, 3)
     np.testing.assert_allclose([picture[:, :384].mean(), picture[:, 384:].mean()], [0.2, 0.8], atol=0.03)

@@ -97,7 +97,7 @@ def test_trackers_get_the_means_of_evaluations(quick, monkeypatch):
 
 def test_white_is_white_and_black_is_black_in_a_video(tmp_path):
     shades = torch.tensor([0.0, 0.5, 1.0])[:, None, None, None].expand(3, 3, 32, 32)
-    vader.write_video(tmp_path / "shades.mp4", shades)
+    vader.write_video(tmp_path / "shades.mp4", shades, fps=8)
     means = iio.imread(tmp_path / "shades.mp4", plugin="FFMPEG").mean((1, 2, 3)) / 255
     assert means.tolist() == pytest.approx([0, 0.5, 1], abs=0.02)
 

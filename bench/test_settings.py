@@ -41,6 +41,7 @@ ELSEWHERE = {
     "bench/test_values.py::test_the_vision_language_model_that_is_given": "vlm",
     "test_vader.py::test_a_sum_logs_each_term_and_figure": "reward",
     "test_vader.py::test_sample_and_eval_modes": "mode",
+    "bench/test_environment.py::test_videos_play_at_the_models_rate": "fps",
     "test_vader.py::test_what_a_run_writes": "out",
     "test_vader.py::test_resumed_equals_uninterrupted_bitwise": "resume",
     "test_vader.py::test_checkpointing_changes_no_gradient_and_no_base_weight": "checkpointing",
