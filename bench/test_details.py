@@ -3,8 +3,6 @@
 import json
 import math
 import shutil
-import sys
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,21 +76,6 @@ def test_the_page_is_told_whether_the_rewards_are_toys(quick, tmp_path):
     few |= dict(num_frames=1, num_inference_steps=1, height=16, width=16)
     assert vader.main(command(Config(**few))) == 0
     assert data_of(tmp_path / "toy")["toy"] is True
-
-
-def test_trackers_get_the_means_of_evaluations(quick, monkeypatch):
-    got, library = {}, types.ModuleType("trackio")
-    library.__spec__ = types.SimpleNamespace(name="trackio")
-    library.init = lambda **how: types.SimpleNamespace(
-        log=lambda row, step: got.setdefault(step, {}).update(row)
-    )
-    library.Video = str
-    monkeypatch.setitem(sys.modules, "trackio", library)
-    rows, _ = go(quick, "tracked", tracker="trackio", eval_videos=3)
-    for row in rows:
-        if "eval" in row:
-            assert got[row["step"]]["eval/reward"] == pytest.approx(np.mean(row["eval"]["reward"]))
-            assert len([key for key in got[row["step"]] if key.startswith("eval/0")]) == 3
 
 
 def test_white_is_white_and_black_is_black_in_a_video(tmp_path):

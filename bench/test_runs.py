@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -374,32 +373,6 @@ def test_no_evaluation_and_no_lora(settings, tmp_path, capsys):
         assert vader.main(command(cfg)) == 0
         assert (tmp_path / mode / "base" / "000.mp4").stat().st_size > 500
         assert not (tmp_path / mode / "tuned").exists()
-
-
-@pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
-def test_trackers_get_numbers_and_videos(name, settings, monkeypatch):
-    """Their calls, mocked: what wandb and trackio do with them was never seen."""
-    got = []
-    library = types.ModuleType(name)
-    library.__spec__ = types.SimpleNamespace(name=name)
-    library.init = lambda **how: types.SimpleNamespace(log=lambda row, step: got.append((step, row)))
-    library.Video = str
-    board = types.SimpleNamespace(
-        add_scalar=lambda key, value, step: got.append((step, {key: value})),
-        add_video=lambda key, video, step, fps: got.append((step, {key: video})),
-        flush=lambda: None,
-    )
-    monkeypatch.setitem(sys.modules, name, library)
-    module = types.ModuleType("torch.utils.tensorboard")
-    module.SummaryWriter = lambda folder: board
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    rows = vader.train(replace(settings, tracker=name, steps=1, eval_videos=1))
-    steps = {step: {key: v for s, row in got if s == step for key, v in row.items()} for step in (0, 1)}
-    assert steps[1]["grad_norm"] == rows[1]["grad_norm"] and "eval/000" in steps[0] and "eval/000" in steps[1]
-    assert steps[0]["eval/reward"] == pytest.approx(rows[0]["eval"]["reward"][0])
-    with pytest.raises(BadInput, match="not installed: pip install wandb"):
-        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        checked(replace(settings, tracker="wandb"))
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "mps", "tpu", "meta", "cuda:x", ""])

@@ -11,7 +11,7 @@ import torch
 
 import rewards
 import vader
-from extras import base_lora, checkpoint, hub, lora, prompts, resume, sessions
+from extras import base_lora, checkpoint, hub, lora, prompts, resume, sessions, tracker_login
 from rewards import BadInput, as_bad_input, require
 from vader import Config, VideoModel
 
@@ -137,6 +137,8 @@ def check_libraries(cfg: Config):
         library = LIBRARIES.get(choice, choice)
         ready = choice == "none" or importlib.util.find_spec(library)
         require(ready, f"--{flag} {choice} is not installed: pip install {library}")
+    if cfg.tracker != "none":
+        tracker_login.check_tracker(cfg)
     require(cuda or cfg.quantize != "nf4", "--quantize nf4 is for CUDA GPUs: take int8")
 
 

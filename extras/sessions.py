@@ -28,13 +28,15 @@ def hold(cfg):
     if cfg.device.startswith("cuda"):
         gpus = range(torch.cuda.device_count())
     with folder, torch.random.fork_rng(gpus), warnings.catch_warnings(), keep_precision():
+        failed = True
         try:
             yield
             lora_files.tell_of_comfyui(Path(cfg.out) / "lora")
             if cfg.push_to_hub and vader.ranks()[0] == 0:
                 hub.push(cfg, vader.read_metrics(Path(cfg.out)))
+            failed = False
         finally:
-            tracker.finish()
+            tracker.finish(failed)
 
 
 @contextlib.contextmanager
