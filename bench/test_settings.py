@@ -48,7 +48,7 @@ ELSEWHERE = {
     f"bench/test_clips.py::{OFFLOADING}": "offload",
     "test_vader.py::test_lora_is_float32_on_a_bf16_base": "dtype",
     "bench/test_trust.py::test_a_lora_to_start_from_is_the_base_of_the_gain": "lora",
-    "bench/test_trackers.py::test_two_trainings_are_two_runs": "tracker",
+    "bench/test_trackers.py::test_two_trainings_in_a_process_are_two_runs": "tracker",
     "bench/test_runs.py::test_a_device_that_is_not_there_is_refused": "device",
     "bench/test_base.py::test_a_base_lora_is_fused_and_ours_alone_is_saved": "base_lora",
     "bench/test_base.py::test_int8_is_near_the_whole_base_and_smaller": "quantize",

@@ -25,7 +25,7 @@ from PIL import Image
 
 import vader
 from conftest import checked
-from extras import tracker, tracker_login
+from extras import resume, tracker, tracker_login
 from rewards import BadInput
 
 NAMES = ["tensorboard", "wandb", "trackio"]
@@ -265,9 +265,9 @@ def test_a_resumed_training_goes_on_with_its_run(name, quick, stop, monkeypatch,
             signal.raise_signal(signal.SIGINT)
         save(run, optimizer, step, skipped)
 
-    save = vader.save_checkpoint
+    save = resume.save_checkpoint
     with monkeypatch.context() as patch:
-        patch.setattr(vader, "save_checkpoint", save_one_checkpoint)
+        patch.setattr(resume, "save_checkpoint", save_one_checkpoint)
         with pytest.raises(KeyboardInterrupt):
             vader.train(cfg)
     assert signal.getsignal(signal.SIGINT) is stop
