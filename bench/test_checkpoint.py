@@ -90,7 +90,8 @@ NUMBERS = {
     "t2v text_encoder": dict(layer_norm_eps=INFINITE, eos_token_id=None, num_attention_heads=-1),
     "t2v scheduler": dict(trained_betas=[0.1, 0.2], beta_start=-1, clip_sample_range="x"),
     "wan transformer": dict(eps=0, rope_max_seq_len=0, patch_size=[1, 2, None]),
-    "wan vae": dict(latents_std=[1.0] * 15 + [0], latents_mean=[1.0] * 15, patch_size=2),
+    "wan vae": dict(latents_std=[1.0] * 15 + ["x"], latents_mean=[1.0] * 15, patch_size=2),
+    "wan vae/": dict(latents_std=[1.0] * 15 + [0], latents_mean=[1.0] * 15 + [1e6], dropout=NAN),
     "wan text_encoder": dict(dropout_rate=NAN, relative_attention_max_distance=0, d_kv=[]),
     "i2v feature_extractor": dict(image_std=[1, 1, 0], image_mean=None, rescale_factor=[]),
     "i2v image_encoder": dict(layer_norm_eps=-1, attention_dropout="x", patch_size=0),
@@ -104,7 +105,7 @@ FILES = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocesso
 
 @pytest.mark.parametrize("place", NUMBERS)
 def test_a_number_that_is_none_is_named(place, edited):
-    model, part = place.split()
+    model, part = place.strip("/").split()
     file = f"{part}/{FILES.get(part, 'config.json')}"
     for name, value in NUMBERS[place].items():
         said = f"--model: .*{file}.*{name}"
@@ -124,7 +125,8 @@ def test_plausible_numbers_pass():
     passes(diffusers.AutoencoderKLCogVideoX, force_upcast=False, temporal_compression_ratio=4.0)
     passes(diffusers.UNet2DConditionModel, norm_num_groups=None, freq_shift=1, upcast_attention=True)
     passes(diffusers.DPMSolverMultistepScheduler, lambda_min_clipped=-INFINITE)
-    passes(diffusers.UniPCMultistepScheduler, sigma_max=700.0, shift_terminal=0.1)
+    passes(diffusers.UniPCMultistepScheduler, sigma_max=700.0, shift_terminal=0.1, disable_corrector=[0, 1])
+    passes(diffusers.AutoencoderKLWan, latents_mean=[-1.0, 0, 3.5], latents_std=[1e-3, 5.5], attn_scales=[])
     passes(CLIPTextConfig, eos_token_id=2, pad_token_id=0, layer_norm_eps=1e-12)
     passes(T5Config, dropout_rate=0.0, decoder_start_token_id=0, n_positions="of no use")
 

@@ -48,7 +48,8 @@ def check_config(where: str, kind: type, config: dict):
         value = config.get(name, default)
         if value == default or (name.endswith("_id") and type(value) is int):  # of a token: any
             continue
-        right = type(value) is type(default) or fits(value, parameter.annotation)
+        right = fits(value, parameter.annotation)
+        right = right or (type(value) is type(default) and type(value) is not list)
         right = right or (default is None and numbers_in(value) in (value, [value]))
         right = right and value != [] and plausible(name, value, default, parameter.annotation)
         require(right, f"{where} is damaged: it has {str(value)[:40]!r} for {name}, as against {default!r}")
@@ -81,13 +82,16 @@ def numbers_in(value) -> list:
 def plausible(name: str, value, default, hint) -> bool:
     """Is each number of a value finite, of the order of the default's, and above 0 where that is?"""
     usual = numbers_in(default)
-    least, most = -1e6, 1e6
+    fractions = fits(0.5, hint) or fits([0.5], hint)
+    least, most = -1e5, 1e5
     if usual and min(usual) >= 0:
         least = min(usual) / 1e8
-    if not usual and fits(1, hint) and not fits(0.5, hint):
-        least = 1  # a size
-    if usual and fits(0.5, hint):
+    if usual and not fractions:
+        most = 1e6
+    if usual and fractions:
         most = 1e4 * max(usual) or most
+    if not usual and fits(1, hint) and not fractions:
+        least = 1  # a size
     if "dropout" in name:
         least = 0
     for number in numbers_in(value):
