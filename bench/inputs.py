@@ -1,10 +1,13 @@
-"""Bad inputs by the hundred, made here: is each refused in one line, at once, and is nothing changed by it?
+"""Inputs by the hundred, made here: is a bad one refused in one line, at once, and nothing changed by it?
 
-    python bench/inputs.py [flags runs ...]     # these kinds, else all: about 10 minutes of a core
+    python bench/inputs.py [flags runs ...]     # these kinds, else all: about 15 minutes of a core
 
-Each goes through `vader.main` in a forked process. Right is exit code 2 ("vader.py: error: ...") or 1
+Each goes through `vader.main` in a forked process. Refused is exit code 2 ("vader.py: error: ...") or 1
 ("vader.py: stopped: ..."), that line alone on stderr, and in it the flag or file; a run folder is as before,
-a new --out empty. Prints what went wrong, and a count by kind; the exit code is 0 if nothing did.
+a new --out empty. Odd inputs that are right must pass. Prints what went wrong, and a count by kind; the exit
+code is 0 if nothing did. accepted: a bad input passed; failed: a right one was refused; lines: not one of
+vader.py's; unnamed: it names neither flag nor file; late: a network of --model has loaded before; changed: a
+folder was; unmade: it passed, and has written nothing.
 """
 
 import collections
@@ -12,12 +15,9 @@ import contextlib
 import json
 import os
 import re
-import resource
 import shutil
-import signal
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -25,19 +25,19 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 import torch  # noqa: E402 (these require the line above, or the one below)
 from PIL import Image  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
 from torch.utils._pytree import tree_flatten  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
+import cases  # noqa: E402
+import kinds  # noqa: E402
+import machine  # noqa: E402
+from cases import BYTES, NOISE, TENSORS, TEXT, TINY, Case, copies, edit  # noqa: E402
+
 import vader  # noqa: E402
 from extras import checks  # noqa: E402
 
-TINY, LIMIT, MEMORY = ROOT / "tiny", 60, 16 << 30  # seconds and bytes that an input may take
-SMALL = "--num_inference_steps 1 --num_frames 2 --height 32 --width 32 --steps 1 --eval_videos 1"
-SMALL += " --batch_size 1 --grad_accum 1 --model tiny --reward colorful --prompts"
-OUTCOMES = "refused passes accepted traceback lines slow unnamed changed".split()
-LONG, NOISE, TEXT = "x" * 5000, "\0é\x07noise" * 99, "a red cube\na blue moon\n"
+LONG = "x" * 5000
 
 # Tables: cells with a bar between. OTHER: flags of a run gone on with; EDITS: of json files.
 SETTINGS = """\
@@ -81,40 +81,6 @@ HARMLESS += r"|lora/vader.json: (removed|\{\})"
 cells = re.compile(r"[|\n]").split
 
 
-# ---- Damage: (name, inside, change). inside: of the dictionary that a file holds, not of its bytes ---------
-def edit(key, value):
-    return lambda row: {k: v for k, v in (row | {key: value}).items() if str(v) != "GONE"}
-
-
-BYTES = [("removed", False, lambda data: None), ("cut", False, lambda data: data[: len(data) // 2])]
-for text in ("[]", "null", "{}", "", NOISE):
-    BYTES += [(text[-5:] or "empty", False, lambda data, text=text: text.encode())]
-TENSORS = [("one gone", True, lambda state: dict(sorted(state.items())[1:]))]
-TENSORS += [("half gone", True, lambda state: dict(sorted(state.items())[::2]))]
-TENSORS += [("prefix", True, lambda state: {f"model.{name}": w for name, w in state.items()})]
-TENSORS += [("other shape", True, lambda state: state | {max(state): torch.zeros(7)})]
-TENSORS += [("one more", True, lambda state: state | {"nobody": torch.zeros(1)})]
-for x in (torch.nan, torch.inf):
-    TENSORS += [(str(x), True, lambda state, x=x: state | {max(state): state[max(state)].float() * x})]
-
-
-def damage(path, inside, change):
-    plain = path.suffix == ".safetensors"
-    if not inside:
-        data = change(path.read_bytes())
-    elif path.suffix == ".json":
-        data = json.dumps(change(json.loads(path.read_text()))).encode()
-    else:
-        whole = load_file(path) if plain else torch.load(path, weights_only=True)
-        part = inside if inside in whole else "state_dict" if "state_dict" in whole else None
-        data = whole | {part: change(whole[part])} if part else change(whole)
-    path.unlink()  # it may be a link
-    if isinstance(data, dict):
-        save_file(data, path, {"format": "pt"}) if plain else torch.save(data, path)
-    elif data is not None:
-        path.write_bytes(data)
-
-
 def harmed(source, folder, more=(), skip="$", copy=os.symlink):
     """For all that can happen to a file of source, and more: a harmed copy of source; gives what was done."""
     todo = [*more]
@@ -124,11 +90,7 @@ def harmed(source, folder, more=(), skip="$", copy=os.symlink):
     for name, file, key, *values in map(str.split, cells(EDITS)):
         changes = {v: edit(key, v if v == "GONE" else json.loads(v)) for v in values if name == source.name}
         todo += [(f"{file}.json", f"{key}={v}", True, change) for v, change in changes.items()]
-    for file, name, *how in todo:
-        shutil.copytree(source, folder, copy_function=copy)
-        damage(folder / file, *how)
-        yield f"{source.name}/{file}: {name}"
-        shutil.rmtree(folder)
+    yield from copies(source, folder, todo, copy)
 
 
 # ---- Kinds of inputs: (what, flags, pattern of what the line must name; None: it may pass) -----------------
@@ -246,56 +208,40 @@ def runs(work):
         yield f"--out {str(place)[:40]}", ["--out", place], f"--out|{place}"
 
 
-# ---- Running them ------------------------------------------------------------------------------------------
-def judge(work, words, wanted):
-    """Give an input to `vader.main` in a forked process -> one of OUTCOMES, exit code, lines on stderr."""
-    files = {path: path.read_bytes() for path in (work / "copy").rglob("*") if path.is_file()}
-    words = [*SMALL.split(), work / "good.txt", "--out", work / "out", *words]
-    if not (child := os.fork()):
-        for number in (1, 2):
-            os.dup2(os.open(work / f"said{number}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        signal.alarm(LIMIT)
-        try:
-            code = vader.main([str(word) for word in words])
-        except BaseException:
-            code = traceback.print_exc() or 99
-        sys.stdout.flush()
-        os._exit(code)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    text = (work / "said2").read_text(errors="replace")
-    lines = [line for line in re.split(r"[\r\n]+", text) if line.strip()]
-    begin = {1: "vader.py: stopped: ", 2: "vader.py: error: "}.get(code, "?")
-    wrong = {"slow": code == -signal.SIGALRM, "accepted": code == 0 and wanted, "passes": code == 0}
-    wrong |= {"traceback": begin == "?" or "Traceback" in text}
-    wrong |= {"lines": len(lines) != 1 or not text.startswith(begin)}
-    same = all(path.is_file() and path.read_bytes() == data for path, data in files.items())
-    changed = not same or any((work / "out").glob("[!.]*"))
-    wrong |= {"unnamed": not re.search(wanted or "", text), "changed": changed}
-    shutil.rmtree(work / "out", ignore_errors=True)
-    return next((name for name, found in wrong.items() if found), "refused"), code, lines
+# ---- Running them ----
+EARLY = (flags, settings, prompts, images, loras)  # is refused before a network of the model loads
+KINDS = {kind.__name__: kind for kind in (flags, settings, prompts, images, models, weights, loras, runs)}
+KINDS |= {kind.__name__: kind for kind in kinds.ALL + machine.ALL}
 
 
 def main():
-    kinds = {kind.__name__: kind for kind in (flags, settings, prompts, images, models, weights, loras, runs)}
-    counts = {name: collections.Counter() for name in sys.argv[1:] or kinds}
+    counts = {name: collections.Counter() for name in sys.argv[1:] or KINDS}
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="inputs") as folder:
         work = Path(folder)
+        cases.note_loading(work / "loaded")
         (work / "good.txt").write_text(TEXT)
-        for name, words in {"run": ["--steps", 2], "wan": ["--model", "tiny-wan", "--num_frames", 5]}.items():
-            assert judge(work, ["--out", work / name, *words], None)[0] == "passes"
-        for kind, count in counts.items():
-            for what, words, wanted in kinds[kind](work):
-                found, code, lines = judge(work, words, None if re.search(HARMLESS, what) else wanted)
+        cases.finished(work, work / "run", "--steps", 2)
+        cases.finished(work, work / "wan", "--model", "tiny-wan", "--num_frames", 5)
+        for name, count in counts.items():
+            for made in KINDS[name](work):
+                case = made if isinstance(made, Case) else Case(*made, early=KINDS[name] in EARLY)
+                if case.names is None or re.search(HARMLESS, case.what):
+                    case = case._replace(names="", right="either")
+                found, code, lines = cases.judge(work, case)
                 count[found] += 1
-                if found not in OUTCOMES[:2]:
-                    print(f"{found}: {kind}: {what} (exit {code})", *lines[-3:], sep="\n    ", flush=True)
+                if found not in cases.RIGHT:
+                    print(
+                        f"{found}: {name}: {case.what} (exit {code})", *lines[-3:], sep="\n    ", flush=True
+                    )
     counts["all"] = sum(counts.values(), collections.Counter())
-    print(f"\n{'kind':9}{'cases':>7}", *(f"{outcome:>10}" for outcome in OUTCOMES))
+    print(f"\n{'kind':12}{'cases':>7}", *(f"{outcome:>9}" for outcome in (*cases.RIGHT, *cases.WRONG)))
     for name, count in counts.items():
-        print(f"{name:9}{count.total():7}", *(f"{count[outcome]:10}" for outcome in OUTCOMES))
-    return int(any(counts["all"][outcome] for outcome in OUTCOMES[2:]))
+        print(
+            f"{name:12}{count.total():7}",
+            *(f"{count[outcome]:9}" for outcome in (*cases.RIGHT, *cases.WRONG)),
+        )
+    return int(any(counts["all"][outcome] for outcome in cases.WRONG))
 
 
 if __name__ == "__main__":

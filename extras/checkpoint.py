@@ -1,21 +1,30 @@
-"""What a checkpoint must be for a model: its pipeline, its networks, its scheduler."""
+"""What a checkpoint must be for a model: its pipeline, its networks and their configs, its scheduler."""
 
+import contextlib
 import difflib
 import inspect
 import itertools
 import math
+import os
+import re
 from pathlib import Path
 
 import diffusers
+import torch
+from safetensors import safe_open
+from torch.nn.modules.module import register_module_module_registration_hook
 
+import rewards
 import vader
 from extras import lora
+from extras.damaged import check_config, numbers_in
 from rewards import as_bad_input, require
 from vader import VideoModel, read_config
 
 # What a model_index.json may hold. What else it holds changes what is computed.
 PARTS = "_class_name _diffusers_version _name_or_path unet transformer vae scheduler tokenizer text_encoder"
 PARTS += " image_encoder feature_extractor motion_adapter safety_checker requires_safety_checker"
+MODULES = 20_000  # that a network may have: the largest here has 1,658
 
 
 def check_model(model: str):
@@ -37,25 +46,110 @@ def check_model(model: str):
 
 
 def check_networks(family: type[VideoModel], source: str):
-    """Are the networks those that the family has code for?"""
+    """Are the networks those that the family has code for, and are their configs those of their weights?"""
     denoiser = read_config(source, f"{family.folder}/config.json")
     vae = read_config(source, "vae/config.json")
-    for config, kind in ((denoiser, family.denoiser_class), (vae, family.vae_class)):
+    for folder, config, kind in (
+        (family.folder, denoiser, family.denoiser_class),
+        ("vae", vae, family.vae_class),
+    ):
         name = config.get("_class_name")
         right = name == kind.__name__ or (config is denoiser and name in getattr(family, "also_loads", ()))
         require(right, f"--model: {source} has a {name}, there is code for {kind.__name__}")
+        if name != kind.__name__:
+            kind = getattr(diffusers, name)
+        check_config(f"--model: {source}/{folder}/config.json", kind, config)
     with as_bad_input(f"--model: {source}: a config.json is damaged"):
         channels = family.inputs * int(vae.get("latent_channels") or vae["z_dim"])
         scale = vae.get("scale_factor_spatial", family.scale)
         if family.scale == 8 and "block_out_channels" in vae:
             scale = 2 ** (len(vae["block_out_channels"]) - 1)
-    built = lora.build_on_meta(family, source)
-    require(built.config.in_channels == channels, f"--model: {source}: no code for other inputs than latents")
+        if "dim_mult" in vae:
+            scale = 2 ** (len(vae["dim_mult"]) - 1) * (vae.get("patch_size") or 1)
     require(scale == family.scale, f"--model: {source}: its VAE's scale is not {family.scale}")
+    with bounded(source), lora.quiet():
+        built = lora.build_on_meta(family, source)
+        with torch.device("meta"), as_bad_input(f"--model: {source}: the VAE's config.json is damaged"):
+            built_vae = family.vae_class.from_config(vae)
+    require(built.config.in_channels == channels, f"--model: {source}: no code for other inputs than latents")
+    for name in ("latents_mean", "latents_std"):
+        count = len(vae.get(name) or range(channels // family.inputs))
+        right = count == channels // family.inputs
+        require(right, f"--model: {source}/vae/config.json is damaged: {name} has {count} numbers")
+    if built.config._class_name == denoiser["_class_name"]:  # else a part of it is elsewhere
+        check_weights(source, family.folder, built)
+    check_weights(source, "vae", built_vae)
+    check_encoder(family, source)
+
+
+@contextlib.contextmanager
+def bounded(source: str):
+    """Raises BadInput when a network that is built inside, from a config, gets far too many modules."""
+    numbers = itertools.count(1)
+    problem = f"--model: {source}: a network of more than {MODULES} modules: a config.json is damaged"
+
+    def count(*_):
+        require(next(numbers) <= MODULES, problem)
+
+    with register_module_module_registration_hook(count):
+        yield
+
+
+def check_weights(source: str, folder: str, network: torch.nn.Module):
+    """Raises BadInput unless the weights, where they are here, hold as many numbers as the network."""
+    path = rewards.fetch(source, f"{folder}/config.json", "--model").parent
+    files = rewards.pick_files(os.listdir(path), True, False)
+    if not files or not files[0].endswith(".safetensors"):
+        return
+    ignored = "|".join(network._keys_to_ignore_on_load_unexpected or ["$."])
+    held = 0
+    with as_bad_input(f"--model: the weights in {path} are damaged, get them again"):
+        for name in files:
+            with safe_open(path / name, "pt") as file:
+                for key in file.keys():
+                    if not re.search(ignored, key):
+                        held += math.prod(file.get_slice(key).get_shape())
+    wanted = sum(tensor.numel() for tensor in network.state_dict().values())
+    problem = f"its weights hold {held} numbers, its config.json is of a network of {wanted}: get both again"
+    require(held == wanted, f"--model: {path}: {problem}")
+
+
+def check_encoder(family: type[VideoModel], source: str):
+    """Is the config of the encoder of prompts, or of images, one that it can be built from?"""
+    part = "text_encoder" if family.text_pipeline else "image_encoder"
+    stock = read_config(source, "model_index.json").get("_class_name")
+    pipeline = family.text_pipeline or getattr(diffusers, str(stock), object)
+    parameter = inspect.signature(pipeline).parameters.get(part)
+    if parameter is None:
+        return
+    kind = parameter.annotation
+    config = read_config(source, f"{part}/config.json")
+    where = f"--model: {source}/{part}/config.json"
+    check_config(where, kind.config_class, config)
+    usual = kind.config_class()
+    for name, value in config.items():  # its class says that all may be null, which its code does not take
+        right = value is not None or not numbers_in(getattr(usual, name, None))
+        require(right, f"{where} is damaged: it has null for {name}")
+    with as_bad_input(f"{where} is damaged"), bounded(source), lora.quiet(), torch.device("meta"):
+        kind(kind.config_class.from_dict(config))
+    if part == "image_encoder":
+        check_pictures(source)
+
+
+def check_pictures(source: str):
+    """Are the numbers that pictures are made ready by ones?"""
+    config = read_config(source, "feature_extractor/preprocessor_config.json")
+    where = f"--model: {source}/feature_extractor/preprocessor_config.json is damaged: it has"
+    for name, least in (("image_mean", -1000), ("image_std", 1e-3)):
+        given = config.get(name, [0.5, 0.5, 0.5])
+        right = len(numbers_in(given)) == 3 and given == [n for n in numbers_in(given) if least <= n <= 1000]
+        require(right, f"{where} {str(given)[:60]} for {name}")
+    factor = config.get("rescale_factor", 1 / 255)
+    require(type(factor) in (int, float), f"{where} {factor!r} for rescale_factor")
 
 
 def check_scheduler(source: str):
-    """Is every number in the scheduler's config one? The rest is seen when its steps are tabulated."""
+    """Is the scheduler's config one? The rest is seen when its steps are tabulated."""
     config = read_config(source, "scheduler/scheduler_config.json")
     name = config.get("_class_name")
     kind = getattr(diffusers, str(name), None)
@@ -63,10 +157,7 @@ def check_scheduler(source: str):
     prediction = config.get("prediction_type", "epsilon")
     known = ("epsilon", "v_prediction", "sample", "flow_prediction")
     require(prediction in known, f"--model: {source}: scheduler_config.json has {prediction!r}")
-    for key, parameter in inspect.signature(kind).parameters.items():
-        value = config.get(key, parameter.default)
-        if type(parameter.default) in (int, float):
-            number = type(value) in (int, float) and math.isfinite(value) and value >= 0
-            require(number, f"--model: {source}: scheduler_config.json has {value!r} for {key}: get it again")
-    steps = config.get("num_train_timesteps", 1000)
-    require(steps >= 1, f"--model: {source}: scheduler_config.json has {steps} training timesteps")
+    where = f"--model: {source}/scheduler/scheduler_config.json"
+    check_config(where, kind, config)
+    steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
+    require(not betas or len(betas) == steps, f"{where} is damaged: it has not {steps} trained_betas")
