@@ -383,7 +383,8 @@ def test_wandb_without_a_login_is_refused(quick, monkeypatch, no_network):
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked"))
     monkeypatch.setattr("getpass.getpass", lambda *_: pytest.fail("it asked"))
     monkeypatch.setattr(sys, "stdin", io.StringIO("1\n"))
-    sys.stdin.isatty = sys.stdout.isatty = sys.stderr.isatty = lambda: True
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True)
     for mode, key, said in (
         ("online", None, "run `wandb login`, or set WANDB_MODE=offline"),
         ("online", "short", "run `wandb login`.*WANDB_API_KEY invalid"),
