@@ -82,11 +82,9 @@ def put_on(where: str, denoiser: torch.nn.Module, lora: Lora) -> peft.PeftModel:
 
     Raises BadInput, which begins with `where`, when the LoRA does not fit.
     """
-    is_empty = denoiser.device.type == "meta"
+    is_empty = next(denoiser.parameters()).is_meta  # then drawing numbers would only take time
     with as_bad_input(f"{where} was made for another model, or is damaged"), quiet():
-        adapted = peft.get_peft_model(
-            denoiser, lora.config, low_cpu_mem_usage=is_empty
-        )  # or it takes seconds
+        adapted = peft.get_peft_model(denoiser, lora.config, low_cpu_mem_usage=is_empty)
         expected = {}
         for key, matrix in peft.get_peft_model_state_dict(adapted, save_embedding_layers=False).items():
             expected[key.removeprefix(PEFT_PREFIX)] = matrix

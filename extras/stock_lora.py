@@ -48,7 +48,8 @@ def make_config(where: str, matrices: dict, alphas: dict[str, float]) -> peft.Lo
     alphas: by the layers' names; where there is none, it is the rank.
     """
     ranks = find_ranks(matrices)
-    require(ranks, f"{where}: there is no LoRA in it, in PEFT's format or the pipeline's in diffusers")
+    kinds = "in PEFT's format or the pipeline's in diffusers"
+    require(ranks, f"{where} was made for another model, or there is no LoRA in it, {kinds}")
     for layer in alphas:
         require(layer in ranks, f"{where} is damaged: there is no matrix for the alpha of {layer}")
     alphas = ranks | alphas
