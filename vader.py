@@ -89,7 +89,7 @@ class Config:
     prompts: str = arg("prompts.txt", "a text file, a prompt a line (not # lines), or .jsonl with images")
     model: str = arg("auto", "a short name, hub id or folder; auto: modelscope on a CUDA GPU, else tiny-few")
     mode: Literal["train", "sample", "eval"] = arg("train", "sample: make videos; eval: score base and tuned")
-    lora: str | None = arg(None, "folder or hub id of a LoRA: to sample, to score, or to start training from")
+    lora: str | None = arg(None, "folder, file or hub id of a LoRA: to sample, score, or start training from")
     base_lora: str | None = arg(None, "LoRA that is fused into the base, for few steps or a style")
     out: str | None = arg(None, "output folder; default runs/<reward>-<model>, runs/<mode>-<reward>-<model>")
     resume: bool = arg(False, "go on with the run in --out, with the same settings (how long may change)")
@@ -125,7 +125,7 @@ class Config:
     grad_accum: int | None = arg(None, "batches per update; costs time")
     max_grad_norm: float = arg(1.0, "longer gradients are shortened to this")
     lora_rank: int | None = arg(None, "rank of each adapter")
-    lora_alpha: int | None = arg(None, "adapters are scaled by alpha / rank; default alpha = rank")
+    lora_alpha: float | None = arg(None, "adapters are scaled by alpha / rank; default alpha = rank")
     lora_targets: str | None = arg(None, "linear layers by the end of their names; default: attention")
     # evaluation, files, machine
     eval_prompts: str | None = arg(None, "prompt file; default every tenth of --prompts; not trained on")

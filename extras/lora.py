@@ -152,7 +152,7 @@ def check_lora(cfg, denoiser):
     require(not has_bias, f"--quantize int8: PEFT has no code for the biases in {FLAG}: take none, or nf4")
     for name, value in adapter_settings(lora).items():
         wanted = getattr(cfg, name)
-        same = wanted is None or split_names(wanted) == split_names(value)
+        same = wanted in (None, value) or split_names(wanted) == split_names(value)
         require(same, f"--{name} {wanted}: the LoRA in --lora has {value}, leave the flag out")
     for line in lora.left_out:
         print(line)
