@@ -18,14 +18,8 @@ from vader import Config, VideoModel
 # Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
 RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
 RANGES |= dict(fps=(1, 240), eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
-RANGES |= dict(
-    clips=(1, 100),
-    lora_alpha=(1e-6, 1e6),
-    eval_videos=(0, 1e5),
-    lora_rank=(1, 1024),
-    height=(1, 4096),
-    width=(1, 4096),
-)
+RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), lora_alpha=(1e-6, 1e6))
+RANGES |= dict(height=(1, 4096), width=(1, 4096))
 
 LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}  # of --quantize
 
