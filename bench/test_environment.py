@@ -60,6 +60,7 @@ def test_settings_take_paths_and_numbers_of_numpy(tmp_path):
     for settings, problem in (
         (dict(lr=np.float32("nan")), "--lr nan"),
         (dict(steps=np.int32(-1)), "--steps -1"),
+        (dict(steps=np.bool_(True)), "steps is True: give a number, int"),
     ):
         with pytest.raises(BadInput, match=problem):
             checks.check_settings(Config(model="tiny", **settings))

@@ -21,6 +21,8 @@ RANGES |= dict(fps=(1, 240), eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), 
 RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), lora_alpha=(1e-6, 1e6))
 RANGES |= dict(height=(1, 4096), width=(1, 4096))
 
+KINDS = {str: "a text", int: "a number, int", float: "a number", bool: "True or False"}
+
 LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}  # of --quantize
 
 
@@ -35,7 +37,9 @@ def check_input(cfg: Config, reward=None):
 
 
 def open_session(cfg: Config, reward=None):
-    """Check all input, then give the context that a run is made in. Raises BadInput."""
+    """Check all input of a training, then give the context that it is made in. Raises BadInput."""
+    others = "`main` and extras/evaluate.py have the others"
+    require(cfg.mode == "train", f"mode is {cfg.mode!r}: `train` does 'train' alone, {others}")
     check_input(cfg, reward)
     return sessions.hold(vader.resolve(cfg, reward))
 
@@ -73,7 +77,8 @@ def check_values(cfg: Config):
         require(value != "" or name == "negative_prompt", f"--{name} is empty: give a value, or leave it out")
         if float in options:
             options += (int,)
-        require(isinstance(value, options), f"{name} is {value!r}: give a {options[0].__name__}")
+        right = isinstance(value, options) and (type(value) is not bool or bool in options)
+        require(right, f"{name} is {value!r}: give {KINDS[options[0]]}")
         no_home = (
             isinstance(value, str) and value.startswith("~") and name not in ("reward", "negative_prompt")
         )

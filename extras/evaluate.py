@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import vader
-from extras import checks, record, resume
+from extras import checks, record, resume, sessions
 
 
 def apply_lora(cfg):
@@ -16,10 +16,10 @@ def apply_lora(cfg):
     """
     if vader.ranks()[0]:  # the first of several processes does it all
         return
-    session = checks.open_session(cfg)
+    checks.check_input(cfg)
     cfg = vader.resolve(cfg)
     prompts = vader.read_prompts(cfg.prompts)
-    with session:
+    with sessions.hold(cfg):
         run = vader.load_run(cfg, prompts)
         record.write_settings(cfg, prompts)
         evaluations = []
