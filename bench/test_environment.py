@@ -161,7 +161,9 @@ def test_commands_print_their_own_lines_only(tmp_path):
         ("MASTER_ADDR=a RANK=0 WORLD_SIZE=", "WORLD_SIZE="),
         ("MASTER_ADDR=a RANK=0 WORLD_SIZE=2", "LOCAL_RANK="),
         ("MASTER_ADDR=a RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=p", "MASTER_PORT=p"),
-        ("MASTER_ADDR=a RANK=2 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1", "RANK=2"),
+        ("MASTER_ADDR=localhost RANK=2 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1", "RANK=2"),
+        ("MASTER_ADDR= RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1", "MASTER_ADDR="),
+        ("MASTER_ADDR=nosuch.invalid RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1", "MASTER_ADDR="),
     ],
 )
 def test_stray_variables_of_a_batch_system(monkeypatch, capfd, variables, named):

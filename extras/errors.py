@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import re
+import socket
 import sys
 
 import diffusers
@@ -48,13 +49,19 @@ def check_processes():
     """Are torchrun's variables numbers, where all are there that `vader.ranks` looks at? Raises BadInput."""
     if not os.environ.keys() >= {"MASTER_ADDR", "RANK", "WORLD_SIZE"}:
         return
+    advice = "start several processes by torchrun, one without these variables"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         value = os.environ.get(name, "")
         needed = name in ("RANK", "WORLD_SIZE") or os.environ["WORLD_SIZE"] != "1"
         right = value.isdecimal() or not needed
-        advice = "start several processes by torchrun, one without these variables"
         require(right, f"{name}={value} in the environment is no number: {advice}")
+    address = os.environ["MASTER_ADDR"]
     rank, world = vader.ranks()
+    if world > 1:
+        try:
+            socket.getaddrinfo(address or "(nothing)", None)
+        except OSError:
+            raise BadInput(f"MASTER_ADDR={address} in the environment is no address: {advice}") from None
     require(rank < world, f"RANK={rank} in the environment, of WORLD_SIZE={world}: start them by torchrun")
     if rank == 0 and world > 1:
         print(f"the first of {world} processes, by torchrun's variables: it waits until all are there")
