@@ -678,7 +678,7 @@ def asking_hub(source, flag):
             raise
         from extras.hub_errors import advice
 
-        raise BadInput(f"{flag}: can't get {source!r}: {advice(error, source)}") from None
+        raise BadInput(f"{flag}: can't get {source!r}: {advice(error, source, flag)}") from None
 
 
 @functools.cache

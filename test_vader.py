@@ -712,7 +712,7 @@ def test_sample_and_eval_modes(loaded, settings, tmp_path, capsys):
     assert "colorful: " in capsys.readouterr().out
     shown = data_of(tmp_path / "e")
     assert [row["eval"] for row in shown["rows"]] == [base, tuned]
-    assert vader.main(words) == 2 and "holds videos: add --resume" in capsys.readouterr().err
+    assert vader.main(words) == 2 and "is not empty: give another --out" in capsys.readouterr().err
 
 
 # ---- rewards.py --------------------------------------------------------------------------------------------

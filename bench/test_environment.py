@@ -6,6 +6,8 @@ import json
 import os
 import re
 import stat
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -408,3 +410,62 @@ def test_the_last_line_says_what_comfyui_takes(checkpoints, settings, tmp_path, 
     vader.train(replace(settings, model=str(checkpoints("wan")), guidance_scale=1, **size))
     last = capfd.readouterr().out.splitlines()[-1]
     assert last.startswith(f"ComfyUI takes {settings.out}/lora/comfyui.safetensors")
+
+
+def test_a_checkpoint_of_another_optimizer_is_not_gone_on_with(settings, monkeypatch):
+    vader.train(replace(settings, steps=1, eval_videos=0))
+
+    def sgd(run):
+        return torch.optim.SGD(vader.lora_parameters(run.model).values(), lr=0.1, momentum=0.9)
+
+    monkeypatch.setattr(vader, "make_optimizer", sgd)
+    with pytest.raises(BadInput, match="is of another optimizer"):
+        vader.train(replace(settings, steps=2, eval_videos=0, resume=True))
+
+
+# ---- Mistakes and misspellings -----------------------------------------------------------------------------
+
+
+def test_a_maker_without_return_is_named(settings, monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, "mine", lambda device, dtype, weights: None)
+    with pytest.raises(BadInput, match="what makes 'mine' returned None: it must return the reward"):
+        vader.train(replace(settings, reward="mine"))
+
+
+@pytest.mark.parametrize(
+    "words, advice",
+    [
+        ("--step 3", "did you mean '--steps'"),
+        ("--precision fp16", "see --help"),
+        ("--prompts a.txt b.txt", "unknown argument 'b.txt': see --help; a flag takes one value"),
+        ("--checkpointing", "--checkpointing: expected one argument, true or false"),
+        ("--mode sample --model tiny --eval_prompts prompts.txt", "--eval_prompts is for training"),
+        ("--base_lora a/b --model tiny", "the spelling if it is a folder here"),
+        ("--model a/b", "or take --model tiny"),
+    ],
+)
+def test_what_is_advised(words, advice, capfd, monkeypatch):
+    monkeypatch.setattr(rewards, "list_hub", unreachable)
+    assert vader.main(words.split()) == 2
+    line = capfd.readouterr().err
+    assert advice in line and line.count("\n") == 1
+
+
+def unreachable(source):
+    raise ConnectionError
+
+
+def test_a_reader_that_went_away(tmp_path):
+    """As of `| head -1`: a line, and no traceback."""
+    read, write = os.pipe()
+    os.close(read)
+    words = "--model tiny --mode sample --num_frames 2 --height 32 --width 32 --num_inference_steps 1".split()
+    words += ["--prompts", "tiny/unseen.txt", "--out", str(tmp_path / "out")]
+    process = subprocess.run(
+        [sys.executable, "vader.py", *words], cwd=HERE, stdout=write, stderr=subprocess.PIPE
+    )
+    os.close(write)
+    said = process.stderr.decode().splitlines()
+    assert process.returncode == 1 and [line for line in said if "%|" not in line] == [
+        "vader.py: stopped: nobody reads what is printed: go on with --resume"
+    ]

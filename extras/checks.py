@@ -31,7 +31,8 @@ def check_input(cfg: Config, reward=None):
     check_settings(cfg, reward)
     cfg = vader.resolve(cfg, reward)
     used = prompts.check_prompts(cfg)
-    check_video(cfg)
+    if cfg.mode != "train" or cfg.eval_videos:
+        check_video(cfg)
     resume.check_out(cfg)
     resume.check_folder(cfg, used)
 
@@ -63,6 +64,7 @@ def check_settings(cfg: Config, reward=None):
     check_libraries(cfg)
     if cfg.push_to_hub:
         hub.check_hub(cfg)
+    require(cfg.mode == "train" or not cfg.eval_prompts, "--eval_prompts is for training: give --prompts")
     check_reward(cfg, reward)
 
 
@@ -175,6 +177,8 @@ def try_rewards(run: vader.Run, texts: list[str]):
     """Score noise: a reward that can't, or has no gradient, is known before anything large loads."""
     cfg = run.cfg
     train = cfg.mode == "train"
+    for name, (_, reward) in run.terms.items():
+        require(callable(reward), f"what makes {name!r} returned {reward!r}: it must return the reward")
     frames, scale = cfg.num_frames, None
     if train:
         picks = vader.pick_latent_frames(run, vader.generator_for(0))

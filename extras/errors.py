@@ -31,10 +31,13 @@ def in_one_line(command, argv) -> int:
         if error.name not in ("models", "extras"):
             raise
         return say(f"error: {error}: get that folder again", 2)
+    except BrokenPipeError:  # `| head` has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains once more when it ends
+        return say("stopped: nobody reads what is printed: go on with --resume", 1)
     except OSError as error:
         if error.errno not in DISK:
             raise
-        return say(f"error: {error}: make room, or give another --out", 2)
+        return say(f"error: {error}: make room and go on with --resume, or give another --out", 2)
     except (MemoryError, RuntimeError) as error:  # torch has a class for a GPU's memory, none for a CPU's
         if not re.search("MemoryError|out of memory|DefaultCPUAllocator", repr(error)):
             raise
@@ -73,9 +76,14 @@ def refuse_arguments(parser, message: str):
     if flags and not problem:
         flag = flags.split()[0].split("=")[0]
         known = [action.option_strings[0] for action in parser._actions]
-        (near,) = difflib.get_close_matches(flag, known, n=1, cutoff=0)
-        raise BadInput(f"unknown argument {flag!r}: did you mean {near!r}?")
-    if "expected one argument" in message:
+        advice = "see --help; a flag takes one value"
+        near = difflib.get_close_matches(flag, known, n=1)
+        if near and flag.startswith("-"):
+            advice = f"did you mean {near[0]!r}?"
+        raise BadInput(f"unknown argument {flag!r}: {advice}")
+    if "--checkpointing: expected" in message:
+        message += ", true or false"
+    elif "expected one argument" in message:
         message += ", and one that begins with - is written with =, as in --negative_prompt=-blur"
     raise BadInput(f"{message}: see --help")
 

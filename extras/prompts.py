@@ -78,7 +78,8 @@ def check_prompt_file(flag: str, path: str, family: type[VideoModel]) -> list[Pr
     require(Path(path).is_file(), f"no prompt file {path}: give {flag} a text file, one prompt a line")
     kind = Path(path).suffix.lower()
     require(kind in ("", ".txt", ".jsonl"), f"{path}: prompts are read from .txt and .jsonl files")
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    with as_bad_input(f"{flag} {path} can't be read"):
+        text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
     is_text = "\0" not in text and "\ufffd" not in text
     require(is_text, f"{path} is not a text file: give one prompt a line, in UTF-8")
     prompts = vader.read_prompts(path)

@@ -34,7 +34,7 @@ def save_checkpoint(run, optimizer, step: int, skipped: int):
 def check_out(cfg):
     """Can --out be written, by nobody else? What a kill left half written is cleared."""
     out = Path(cfg.out)
-    with as_bad_input(f"--out {out} is in use by another process, or can't be written: give another"):
+    with as_bad_input(f"--out {out} can't be written: give another"):
         if vader.ranks()[0] == 0:
             with hold_folder(out):
                 for leftover in list(out.rglob(".tmp-vader-*")):
@@ -42,8 +42,11 @@ def check_out(cfg):
                         shutil.rmtree(leftover)
                     else:
                         leftover.unlink()
-                vader.write_atomic(out / ".room", bytes(1 << 20))
-                (out / ".room").unlink()
+                room = out / ".room"
+                try:
+                    room.write_bytes(bytes(1 << 20))
+                finally:
+                    room.unlink(missing_ok=True)
 
 
 def check_folder(cfg, prompts: list):
@@ -59,7 +62,8 @@ def check_folder(cfg, prompts: list):
         return
     require("config.json" in names, f"{out} is not empty: give another --out")
     if cfg.mode != "train":
-        require(cfg.resume, f"{out} holds videos: add --resume to go on with them, or give another --out")
+        advice = "give another --out, or --resume to go on with videos that this command began"
+        require(cfg.resume, f"{out} is not empty: {advice}")
         check_settings(out, run_settings(cfg, prompts))
         read_done(out)
         return
@@ -163,6 +167,9 @@ def restore_checkpoint(run, optimizer) -> tuple[int, int]:
     with as_bad_input(f"{path} is damaged: give another --out"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         require(state["lora"].keys() == parameters.keys(), f"{path} holds another LoRA: give another --out")
+        groups = zip(state["optimizer"]["param_groups"], optimizer.state_dict()["param_groups"], strict=True)
+        same = all(old.keys() == new.keys() for old, new in groups)
+        require(same, f"{path} is of another optimizer: resume with that one, or give another --out")
         run.model.denoiser.load_state_dict(state["lora"], strict=False)
         optimizer.load_state_dict(state["optimizer"])
         run.scaler.load_state_dict(state["scaler"])
