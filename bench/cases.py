@@ -45,7 +45,7 @@ class Case(NamedTuple):
     environ: dict = {}  # variables, None for one that is not set
     change: Callable = lambda: None  # called in the process first
     fresh: bool = False  # in a Python of its own, not in a fork of this one
-    made: Path | None = None  # what a pass must leave; None: a LoRA or a video in --out
+    made: Path | None = None  # what a pass must leave, whole; None: a LoRA or videos in --out
     like: Path | None = None  # a run; who passes with other rewards than it had has read what is damaged
 
 
@@ -83,6 +83,11 @@ def run(work: Path, case: Case):
     os._exit(code)
 
 
+def is_whole(path: Path) -> bool:
+    """Is a file there? An mp4 has its table of contents at its end."""
+    return path.exists() and (path.suffix != ".mp4" or b"moov" in path.read_bytes())
+
+
 def scores(folder: Path) -> list:
     """The rewards in the metrics of a run."""
     rows = vader.read_metrics(folder)
@@ -109,7 +114,7 @@ def judge(work: Path, case: Case):
         wrong["accepted"] = case.right in ("refused", "stops") or (
             case.like and scores(out) != scores(case.like)
         )
-        wrong["unmade"] = not any(path.exists() for path in made)
+        wrong["unmade"] = not made or not all(map(is_whole, made))
         wrong["unnamed"] = case.right == "passes" and not re.search(case.names, printed + text)
     else:
         same = all(path.is_file() and path.read_bytes() == data for path, data in files.items())

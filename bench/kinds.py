@@ -224,17 +224,17 @@ def sizes(work):
     for name in rewards.REWARDS:
         for side in (8, 16):
             reward = arguments.get(name, name)
-            words = ["--reward", reward, "--height", side, "--width", side, "--num_frames", 8]
-            yield Case(
-                f"{reward} of {side} x {side}", words, f"{name}|--height|--width", "either", early=True
-            )
+            words = ["--reward", reward, "--height", side, "--width", side]
+            words += ["--num_frames", 8, "--eval_videos", 0]
+            names = f"{name}|--height|--width"
+            yield Case(f"{reward} of {side} x {side}", words, names, "either", early=True)
 
 
 # ---- Going on with a run -----------------------------------------------------------------------------------
 def again(work):
     """--resume where what a path names, or what the run has written, is no longer the same."""
     run, few, named = work / "copy", work / "few", work / "few" / "adapter_model.safetensors"
-    harder = ["--out", run, "--resume", "--steps", 2]
+    longer = ["--out", run, "--resume", "--steps", 2]
 
     def changed(file):
         """A file's floating-point tensors a little larger."""
@@ -245,22 +245,22 @@ def again(work):
         shutil.copytree(source, few)
         words = [f"--{flag}", few]
         finished(work, run, *words)
-        yield Case(f"--{flag} as it was", [*harder, *words], right="passes", made=run)
+        yield Case(f"--{flag} as it was", [*longer, *words], right="passes", made=run)
         shutil.rmtree(run)
         finished(work, run, *words)
         changed(named)
-        yield Case(f"--{flag} of other content", [*harder, *words], f"--{flag}", early=True)
+        yield Case(f"--{flag} of other content", [*longer, *words], f"--{flag}", early=True)
         shutil.rmtree(few)
         shutil.rmtree(run)
     shutil.copytree(TINY / "rewards", few)
     words = ["--reward", "clip", "--reward_weights", few]
     finished(work, run, *words)
     changed(few / "clip" / "model.safetensors")
-    yield Case("--reward_weights of other content", [*harder, *words], "--reward_weights", early=True)
+    yield Case("--reward_weights of other content", [*longer, *words], "--reward_weights", early=True)
     shutil.rmtree(few)
     shutil.rmtree(run)
 
-    videos = run / "base"
+    videos, metrics = run / "base", run / "metrics.jsonl"
     for mode in ("sample", "eval"):
         words = ["--mode", mode, "--out", run]
         for what, damage, flags, right, names in (
@@ -268,14 +268,8 @@ def again(work):
             ("a video gone", lambda: (videos / "001.mp4").unlink(), [], "passes", ""),
             ("a video cut", lambda: cut(videos / "001.mp4"), [], "passes", ""),
             ("all videos gone", lambda: shutil.rmtree(videos), [], "passes", ""),
-            ("metrics cut", lambda: cut(run / "metrics.jsonl"), [], "either", f"metrics.jsonl|{run}"),
-            (
-                "metrics of noise",
-                lambda: (run / "metrics.jsonl").write_text("x\n"),
-                [],
-                "refused",
-                f"metrics.jsonl|{run}",
-            ),
+            ("metrics cut", lambda: cut(metrics), [], "either", f"metrics.jsonl|{run}"),
+            ("metrics of noise", lambda: metrics.write_text("x\n"), [], "refused", f"metrics.jsonl|{run}"),
             ("other prompts", None, ["--prompts", TINY / "unseen.txt"], "refused", "prompts"),
             ("other seed", None, ["--seed", 1], "refused", "--seed"),
             ("other LoRA", None, ["--lora", work / "run" / "lora"], "refused", "--lora"),

@@ -97,7 +97,8 @@ NUMBERS = {
     "i2v image_encoder": dict(layer_norm_eps=-1, attention_dropout="x", patch_size=0),
     "cogvideox transformer": dict(norm_eps=1e9, spatial_interpolation_scale=INFINITE, num_layers="x"),
     "ltx vae": dict(resnet_norm_eps=None, scaling_factor=NAN, patch_size=-1),
-    "svd unet": dict(num_attention_heads=[2, None], layers_per_block=[], num_frames=1e400),
+    "svd unet": dict(num_attention_heads=[2, None], layers_per_block=[], addition_time_embed_dim=16),
+    "svd scheduler": dict(trained_betas=0, sigma_max=1e400, num_train_timesteps=0),
     "animatediff unet": dict(norm_eps=-1, motion_num_attention_heads="x", cross_attention_dim=0),
 }
 FILES = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocessor_config.json"}
@@ -111,6 +112,8 @@ def test_a_number_that_is_none_is_named(place, edited):
         said = f"--model: .*{file}.*{name}"
         if name == "patch_size" and value == 2:
             said = "VAE's scale is not 8"
+        if name == "addition_time_embed_dim":
+            said = "projection_class_embeddings_input_dim is not 3 x 16"
         refused(edited(model, file, **{name: value}), said)
 
 
@@ -163,6 +166,7 @@ def test_weights_of_another_size_than_the_config_are_refused_before_a_network_lo
         edited("wan", "transformer/config.json", ffn_dim=201), "transformer: its weights hold .* get both"
     )
     refused(edited("t2v", "vae/config.json", layers_per_block=2), "vae: its weights hold .* get both again")
+    refused(edited("wan", "text_encoder/config.json", d_kv=10**5), "text_encoder: its weights hold .* both")
     folder = edited("t2v", "unet/config.json", sample_size=9)
     door(folder)
     file = folder / "unet" / "diffusion_pytorch_model.safetensors"

@@ -50,7 +50,8 @@ def check_config(where: str, kind: type, config: dict):
             continue
         right = fits(value, parameter.annotation)
         right = right or (type(value) is type(default) and type(value) is not list)
-        right = right or (default is None and numbers_in(value) in (value, [value]))
+        if default is None and not fits([0.5], parameter.annotation):
+            right = right or numbers_in(value) in (value, [value])
         right = right and value != [] and plausible(name, value, default, parameter.annotation)
         require(right, f"{where} is damaged: it has {str(value)[:40]!r} for {name}, as against {default!r}")
 
