@@ -56,8 +56,8 @@ def check_processes():
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         value = os.environ.get(name, "")
         needed = name in ("RANK", "WORLD_SIZE") or os.environ["WORLD_SIZE"] != "1"
-        right = value.isdecimal() or not needed
-        require(right, f"{name}={value} in the environment is no number: {advice}")
+        right = not needed or (value.isdecimal() and int(value) <= 65535)
+        require(right, f"{name}={value} in the environment is no such number: {advice}")
     address = os.environ["MASTER_ADDR"]
     rank, world = vader.ranks()
     if world > 1:
