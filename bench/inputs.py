@@ -216,7 +216,8 @@ KINDS |= {kind.__name__: kind for kind in kinds.ALL + machine.ALL}
 
 
 def main():
-    counts, seconds = {name: collections.Counter() for name in sys.argv[1:] or KINDS}, collections.Counter()
+    seconds = collections.Counter()
+    counts = {name: collections.Counter() for name in sys.argv[1:] or KINDS}
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="inputs") as folder:
         work = Path(folder)
@@ -233,9 +234,9 @@ def main():
                 found, code, lines = cases.judge(work, case)
                 count[found] += 1
                 if found not in cases.RIGHT:
-                    print(
-                        f"{found}: {name}: {case.what} (exit {code})", *lines[-3:], sep="\n    ", flush=True
-                    )
+                    said = [f"{found}: {name}: {case.what} (exit {code})", *lines[-3:]]
+                    print(*said, sep="\n    ", flush=True)
+            seconds[name] = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - begin
     counts["all"], seconds["all"] = sum(counts.values(), collections.Counter()), seconds.total()
     outcomes = (*cases.RIGHT, *cases.WRONG)
     print(f"\n{'kind':12}{'cases':>7}{'seconds':>9}", *(f"{outcome:>9}" for outcome in outcomes))
