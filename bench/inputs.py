@@ -1,6 +1,6 @@
 """Inputs by the hundred, made here: is a bad one refused in one line, at once, and nothing changed by it?
 
-    python bench/inputs.py [flags runs ...]     # these kinds, else all: about 15 minutes of a core
+    python bench/inputs.py [flags runs ...]     # these kinds, else all: about 20 minutes of a core
 
 Each goes through `vader.main` in a forked process. Refused is exit code 2 ("vader.py: error: ...") or 1
 ("vader.py: stopped: ..."), that line alone on stderr, and in it the flag or file; a run folder is as before,
@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import tempfile
@@ -215,6 +216,7 @@ KINDS |= {kind.__name__: kind for kind in kinds.ALL + machine.ALL}
 
 
 def main():
+    seconds = collections.Counter()
     counts = {name: collections.Counter() for name in sys.argv[1:] or KINDS}
     os.chdir(ROOT)
     with tempfile.TemporaryDirectory(prefix="inputs") as folder:
@@ -224,6 +226,7 @@ def main():
         cases.finished(work, work / "run", "--steps", 2)
         cases.finished(work, work / "wan", "--model", "tiny-wan", "--num_frames", 5)
         for name, count in counts.items():
+            begin = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
             for made in KINDS[name](work):
                 case = made if isinstance(made, Case) else Case(*made, early=KINDS[name] in EARLY)
                 if case.names is None or re.search(HARMLESS, case.what):
@@ -231,16 +234,15 @@ def main():
                 found, code, lines = cases.judge(work, case)
                 count[found] += 1
                 if found not in cases.RIGHT:
-                    print(
-                        f"{found}: {name}: {case.what} (exit {code})", *lines[-3:], sep="\n    ", flush=True
-                    )
-    counts["all"] = sum(counts.values(), collections.Counter())
-    print(f"\n{'kind':12}{'cases':>7}", *(f"{outcome:>9}" for outcome in (*cases.RIGHT, *cases.WRONG)))
+                    said = [f"{found}: {name}: {case.what} (exit {code})", *lines[-3:]]
+                    print(*said, sep="\n    ", flush=True)
+            seconds[name] = sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2]) - begin
+    counts["all"], seconds["all"] = sum(counts.values(), collections.Counter()), seconds.total()
+    outcomes = (*cases.RIGHT, *cases.WRONG)
+    print(f"\n{'kind':12}{'cases':>7}{'seconds':>9}", *(f"{outcome:>9}" for outcome in outcomes))
     for name, count in counts.items():
-        print(
-            f"{name:12}{count.total():7}",
-            *(f"{count[outcome]:9}" for outcome in (*cases.RIGHT, *cases.WRONG)),
-        )
+        figures = (f"{count[outcome]:9}" for outcome in outcomes)
+        print(f"{name:12}{count.total():7}{seconds[name]:9.0f}", *figures)
     return int(any(counts["all"][outcome] for outcome in cases.WRONG))
 
 

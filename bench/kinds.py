@@ -137,8 +137,7 @@ def odd_files(file, model):
 
 def formats(work):
     """LoRAs in the formats of other trainers, whole and damaged, as --base_lora and --lora."""
-    made, damaged = work / "formats", ("animatediff kohya", "animatediff diffusers, old", "wan musubi")
-    damaged += ("wan diffusion-pipe", "ltx diffusion-pipe")
+    made, damaged = work / "formats", ("animatediff kohya", "wan musubi", "wan diffusion-pipe")
     made.mkdir()
     for name in layouts.FOLDERS:
         torch.manual_seed(0)

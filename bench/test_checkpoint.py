@@ -85,7 +85,7 @@ def test_the_classes_say_of_what_type_their_values_are():
 
 # ---- Numbers -----------------------------------------------------------------------------------------------
 NUMBERS = {
-    "t2v unet": dict(norm_eps="x", mid_block_scale_factor=None, downsample_padding=-1),
+    "t2v unet": dict(norm_eps="x", mid_block_scale_factor=None, downsample_padding=10**5),
     "t2v vae": dict(scaling_factor=0, norm_num_groups=-1, sample_size=NAN),
     "t2v text_encoder": dict(layer_norm_eps=INFINITE, eos_token_id=None, num_attention_heads=-1),
     "t2v scheduler": dict(trained_betas=[0.1, 0.2], beta_start=-1, clip_sample_range="x"),

@@ -87,9 +87,7 @@ def plausible(name: str, value, default, hint) -> bool:
     least, most = -1e5, 1e5
     if usual and min(usual) >= 0:
         least = min(usual) / 1e8
-    if usual and not fractions:
-        most = 1e6
-    if usual and fractions:
+    if usual:
         most = 1e4 * max(usual) or most
     if not usual and fits(1, hint) and not fractions:
         least = 1  # a size
