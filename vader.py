@@ -300,13 +300,9 @@ class VideoModel:
         """The text embeddings of each prompt, in host memory, by the stock pipeline, which is then freed."""
         pipe = self.stock(self.text_pipeline, "text_encoder", "tokenizer")
         conds = {}
-        for first in range(0, len(prompts), 4):
-            chosen = prompts[first : first + 4]
-            texts = [prompt.text for prompt in chosen]
-            texts += [""] * (4 - len(texts))  # numbers depend, a little, on how many are encoded together
-            embeds = self.encode_text(pipe, texts)
-            for n, prompt in enumerate(chosen):
-                conds[prompt] = {name: value[n].cpu() for name, value in embeds.items()}
+        for prompt in prompts:  # one at a time: for some models this is the phase that needs most memory
+            embeds = self.encode_text(pipe, prompt.text)
+            conds[prompt] = {name: value.cpu() for name, value in embeds.items()}
         return conds
 
     def stock(self, pipeline: type, *names: str):
@@ -383,10 +379,10 @@ class TextToVideoUNet(VideoModel):
         scheduler.set_timesteps(cfg.num_inference_steps)
         return tabulate(scheduler, cfg.eta)
 
-    def encode_text(self, pipe, texts: list[str]) -> dict:
-        """Text embeddings as keyword arguments of the denoiser, {name: (B, tokens, D)}."""
-        embeds, _ = pipe.encode_prompt(texts, self.device, 1, False)
-        return {"encoder_hidden_states": embeds}
+    def encode_text(self, pipe, text: str) -> dict:
+        """Text embeddings as keyword arguments of the denoiser, without batch dimension."""
+        embeds, _ = pipe.encode_prompt(text, self.device, 1, False)
+        return {"encoder_hidden_states": embeds[0]}  # (tokens, D)
 
     def decode(self, latents, picks):
         """Decode the latent frames picks of latents (B, C, F, H, W) -> frames (B, N, 3, H, W) in [0, 1]."""

@@ -41,10 +41,10 @@ class CogVideoX(VideoModel):
     def max_tokens(self):
         return read_config(self.source, "transformer/config.json")["max_text_seq_length"]
 
-    def encode_text(self, pipe, texts):
+    def encode_text(self, pipe, text):
         kwargs = dict(do_classifier_free_guidance=False, max_sequence_length=self.max_tokens)
-        prompt_embeds, _ = pipe.encode_prompt(texts, device=self.device, **kwargs)
-        return {"encoder_hidden_states": prompt_embeds}
+        prompt_embeds, _ = pipe.encode_prompt(text, device=self.device, **kwargs)
+        return {"encoder_hidden_states": prompt_embeds[0]}
 
     def denoise(self, x, t, cond):
         if self.denoiser.config.use_rotary_positional_embeddings:  # 5B's

@@ -41,10 +41,10 @@ class LTX(FromImage, VideoModel):
         scheduler.set_timesteps(sigmas=sigmas.tolist(), mu=shift)
         return tabulate(scheduler)
 
-    def encode_text(self, pipe, texts):
+    def encode_text(self, pipe, text):
         kwargs = dict(max_sequence_length=self.max_tokens, device=self.device)
-        states, mask, *_ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, **kwargs)
-        return {"encoder_hidden_states": states, "encoder_attention_mask": mask.bool()}
+        states, mask, *_ = pipe.encode_prompt(text, do_classifier_free_guidance=False, **kwargs)
+        return {"encoder_hidden_states": states[0], "encoder_attention_mask": mask[0].bool()}
 
     def statistics(self):
         """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1) each."""

@@ -56,10 +56,10 @@ class Wan(VideoModel):
             return Wan22
         return cls
 
-    def encode_text(self, pipe, texts):
+    def encode_text(self, pipe, text):
         kwargs = dict(max_sequence_length=self.max_tokens, device=self.device)
-        embeds, _ = pipe.encode_prompt(texts, do_classifier_free_guidance=False, **kwargs)
-        return {"encoder_hidden_states": embeds}
+        embeds, _ = pipe.encode_prompt(text, do_classifier_free_guidance=False, **kwargs)
+        return {"encoder_hidden_states": embeds[0]}
 
     def statistics(self):
         """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1) each."""
