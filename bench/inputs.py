@@ -209,7 +209,7 @@ def runs(work):
         yield f"--out {str(place)[:40]}", ["--out", place], f"--out|{place}"
 
 
-# ---- Running them ----
+# ---- Running them ------------------------------------------------------------------------------------------
 EARLY = (flags, settings, prompts, images, loras)  # is refused before a network of the model loads
 KINDS = {kind.__name__: kind for kind in (flags, settings, prompts, images, models, weights, loras, runs)}
 KINDS |= {kind.__name__: kind for kind in kinds.ALL + machine.ALL}

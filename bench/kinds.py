@@ -32,7 +32,7 @@ def odd_numbers(source):
         for key, value in json.loads(file.read_text()).items():
             odd = []
             if is_number(value) or value is None:
-                odd = [x for x in ODD if x is not value]
+                odd = [x for x in ODD if x is not value and (x is not None or "sigma" not in key)]
                 odd += [1000] * ("layers" in key)
             elif type(value) is list and value and is_number(value[0]):
                 last = [x for x in ODD if x not in (-1, 0) or "mean" not in key]  # which a mean may be

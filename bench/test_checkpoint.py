@@ -98,7 +98,7 @@ NUMBERS = {
     "cogvideox transformer": dict(norm_eps=1e9, spatial_interpolation_scale=INFINITE, num_layers="x"),
     "ltx vae": dict(resnet_norm_eps=None, scaling_factor=NAN, patch_size=-1),
     "svd unet": dict(num_attention_heads=[2, None], layers_per_block=[], addition_time_embed_dim=16),
-    "svd scheduler": dict(trained_betas=0, sigma_max=1e400, num_train_timesteps=0),
+    "svd scheduler": dict(trained_betas=0, sigma_max=1e400, sigma_min=-1, num_train_timesteps=10**6),
     "animatediff unet": dict(norm_eps=-1, motion_num_attention_heads="x", cross_attention_dim=0),
 }
 FILES = {"scheduler": "scheduler_config.json", "feature_extractor": "preprocessor_config.json"}

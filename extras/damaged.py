@@ -91,7 +91,7 @@ def plausible(name: str, value, default, hint) -> bool:
         most = 1e4 * max(usual) or most
     if not usual and fits(1, hint) and not fractions:
         least = 1  # a size
-    if "dropout" in name:
+    if "dropout" in name or name.startswith("sigma"):
         least = 0
     for number in numbers_in(value):
         if not least <= number <= most:  # as NaN
