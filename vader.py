@@ -436,12 +436,12 @@ class Batch(NamedTuple):
 
 def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trained=(), scale=1.0) -> Batch:
     """A Batch, with the embeddings of its prompts out of run.conds."""
-    empty = run.conds[Prompt(run.cfg.negative_prompt)]
     cond = default_collate([run.conds[prompt] for prompt in prompts])
-    uncond = cond | default_collate([empty] * len(prompts))  # an image is given to both guidance branches
-    for branch in (cond, uncond):
-        for name, value in branch.items():
-            branch[name] = value.to(run.model.device)
+    for name, value in cond.items():
+        cond[name] = value.to(run.model.device)
+    uncond = dict(cond)  # but for the text: an image is given to both guidance branches
+    for name, value in run.conds[Prompt(run.cfg.negative_prompt)].items():
+        uncond[name] = value.to(run.model.device).expand(len(prompts), *value.shape)
     return Batch(prompts, noise, cond, uncond, generator, picks, trained, scale, [])
 
 
