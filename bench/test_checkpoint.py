@@ -15,7 +15,8 @@ from transformers import CLIPTextConfig, T5Config
 import vader
 from conftest import HERE, checked
 from extras import checkpoint, damaged
-from vader import BadInput, Config
+from rewards import BadInput
+from vader import Config
 
 CONFIGS = sorted((HERE / "bench" / "configs").glob("*/model_index.json"))
 INFINITE, NAN = float("inf"), float("nan")
