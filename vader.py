@@ -50,7 +50,8 @@ def stop(*_):
 if SCRIPT:  # before the imports, which take seconds
     signal.signal(signal.SIGINT, stop)
     sys.stdout.reconfigure(errors="backslashreplace")  # of names that the terminal has no letters for
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # torchao is found too new or too old
+    # what these say of torchao, where it is installed, is not for whoever runs this
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("torch.utils._pytree").setLevel("ERROR")
 
 import diffusers
@@ -102,7 +103,7 @@ class Config:
     width: int | None = arg(None, "pixels, likewise")
     num_inference_steps: int | None = arg(None, "denoising steps; cost time, not memory")
     guidance_scale: float | None = arg(None, "classifier-free guidance; 1 is off, half the time")
-    fps: float | None = arg(None, "frames a second of the written videos, in which nothing else changes")
+    fps: float | None = arg(None, "frames a second, at which the written videos play")
     eta: float = arg(0.0, "share of noise added at each DDIM step; 0 is deterministic")
     timestep_spacing: Literal["trailing", "leading", "linspace"] = arg("trailing", "leading hardly trains")
     # the gradient and the reward
@@ -190,13 +191,6 @@ def generator_for(*key) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def drawn_prompts(prompts: list[Prompt], cfg: Config) -> list[Prompt]:
-    """Those that the batches of the whole run hold, so that no others are encoded."""
-    count = cfg.steps * cfg.grad_accum * cfg.batch_size * ranks()[1]
-    order = torch.randperm(len(prompts), generator=generator_for(cfg.seed, "order", 0))
-    return [prompts[n] for n in order[:count]]
-
-
 def batch_prompts(prompts: list[Prompt], cfg: Config, number: int) -> list[Prompt]:
     """The prompts of the run's batch `number`: the file again and again, each time in a new order."""
     chosen = []
@@ -205,6 +199,13 @@ def batch_prompts(prompts: list[Prompt], cfg: Config, number: int) -> list[Promp
         order = torch.randperm(len(prompts), generator=generator_for(cfg.seed, "order", epoch))
         chosen.append(prompts[order[position]])
     return chosen
+
+
+def drawn_prompts(prompts: list[Prompt], cfg: Config) -> list[Prompt]:
+    """Those that any batch of the run holds, the first of the order above, so that no others are encoded."""
+    count = cfg.steps * cfg.grad_accum * cfg.batch_size * ranks()[1]
+    order = torch.randperm(len(prompts), generator=generator_for(cfg.seed, "order", 0))
+    return [prompts[n] for n in order[:count]]
 
 
 # ---- 3. Schedule -------------------------------------------------------------------------------------------
@@ -603,11 +604,11 @@ def train(cfg: Config, reward=None) -> list[dict]:
 
     Returns the rows of metrics.jsonl. Raises BadInput, or FloatingPointError for rewards that are not finite.
     """
-    session = contextlib.nullcontext()
-    if EXTRAS.is_dir():  # a fork without it checks nothing, locks nothing, and can't go on with --resume
+    holding = contextlib.nullcontext()
+    if EXTRAS.is_dir():  # a fork without it checks nothing, locks nothing, and keeps no checkpoint
         from extras import checks, record, resume
 
-        session = checks.open_session(cfg, reward)
+        holding = checks.enter(cfg, reward)
     cfg = resolve(cfg, reward)
     out = Path(cfg.out)
     rank, world = ranks()
@@ -617,12 +618,12 @@ def train(cfg: Config, reward=None) -> list[dict]:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     prompts, held_out = split_prompts(cfg)
     eval_prompts = [held_out[n % len(held_out)] for n in range(cfg.eval_videos)]
-    with session:
+    with holding:
         run = load_run(cfg, eval_prompts + drawn_prompts(prompts, cfg), reward)
         optimizer = make_optimizer(run)
         step = skipped = in_a_row = 0  # updates made; of these not finite; of the last ones not finite
         if cfg.resume:
-            from extras import resume
+            from extras import resume  # where such a fork ends
 
             step, skipped = resume.restore_checkpoint(run, optimizer)
         if rank == 0 and EXTRAS.is_dir():
@@ -668,9 +669,9 @@ def write_video(path: Path, video, fps: float):
     zoom = max(1, math.ceil(256 / width))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(".tmp-vader-" + path.name)
-    taken = f"-v error -y -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
-    written = f"-vf scale=iw*{zoom}:ih*{zoom}:flags=neighbor -c:v libx264 -crf 5 -pix_fmt yuv420p"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *taken.split(), *written.split(), temporary]
+    source = f"-v error -y -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
+    target = f"-vf scale=iw*{zoom}:ih*{zoom}:flags=neighbor -c:v libx264 -crf 5 -pix_fmt yuv420p"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *source.split(), *target.split(), temporary]
     ffmpeg = subprocess.run(command, input=pixels.tobytes(), capture_output=True)
     problem = ffmpeg.stderr.decode(errors="replace")
     require(ffmpeg.returncode == 0, f"can't write {path}: is the disk full? ffmpeg says: {problem}")
@@ -840,7 +841,8 @@ def resolve(cfg: Config, reward=None) -> Config:
     if cfg.device.startswith("cuda"):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         cfg = fill_in(cfg, model="modelscope", dtype="bf16" if bf16 else "fp16")
-    cfg = fill_in(cfg, model="tiny-few" if EXTRAS.is_dir() else "tiny", dtype="fp32")  # which fuses a LoRA
+    # tiny-few fuses a LoRA into its base, by code in extras/
+    cfg = fill_in(cfg, model="tiny-few" if EXTRAS.is_dir() else "tiny", dtype="fp32")
     if reward:
         cfg = replace(cfg, reward=getattr(reward, "__name__", "custom"))
     if cfg.lora:

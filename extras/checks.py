@@ -11,7 +11,7 @@ import torch
 
 import rewards
 import vader
-from extras import base_lora, checkpoint, hub, lora, prompts, resume, sessions, tracker_login
+from extras import base_lora, checkpoint, holding, hub, lora, prompts, resume, tracker_login
 from rewards import BadInput, as_bad_input, require
 from vader import Config, VideoModel
 
@@ -37,12 +37,12 @@ def check_input(cfg: Config, reward=None):
     resume.check_folder(cfg, used)
 
 
-def open_session(cfg: Config, reward=None):
+def enter(cfg: Config, reward=None):
     """Check all input of a training, then give the context that it is made in. Raises BadInput."""
     others = "`main` and extras/evaluate.py have the others"
     require(cfg.mode == "train", f"mode is {cfg.mode!r}: `train` does 'train' alone, {others}")
     check_input(cfg, reward)
-    return sessions.hold(vader.resolve(cfg, reward))
+    return holding.hold_run(vader.resolve(cfg, reward))
 
 
 def check_settings(cfg: Config, reward=None):

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import vader
-from extras import checks, record, resume, sessions
+from extras import checks, holding, record, resume
 
 
 def apply_lora(cfg):
@@ -19,7 +19,7 @@ def apply_lora(cfg):
     checks.check_input(cfg)
     cfg = vader.resolve(cfg)
     prompts = vader.read_prompts(cfg.prompts)
-    with sessions.hold(cfg):
+    with holding.hold_run(cfg):
         run = vader.load_run(cfg, prompts)
         record.write_settings(cfg, prompts)
         evaluations = []

@@ -68,7 +68,8 @@ class FromImage:
                 vae = rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype)
                 self.vae = vae.to(self.device)
             start = self.start(open_image(prompt.image), cfg)
-            conds[prompt] |= {name: value.cpu() for name, value in start.items()}
+            for name, value in start.items():
+                conds[prompt][name] = value.cpu()
         return conds
 
     def start(self, picture, cfg):

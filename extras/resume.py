@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 import vader
+from extras.holding import hold_folder
 from extras.record import run_settings
-from extras.sessions import hold_folder
 from rewards import as_bad_input, read_json, require
 
 # What may change when a run goes on, and what is the same by another path.

@@ -15,6 +15,11 @@ class AnyFlow(Wan):
     denoiser_class = diffusers.AnyFlowTransformer3DModel
     checkpointed = ("AnyFlowTransformerBlock",)
     comfy_names = None  # it does not run this model
+    index_settings = ()  # Wan 2.2's is another model
+
+    @classmethod
+    def variant(cls, source):
+        return cls
 
     def schedule(self, cfg):
         """t: (T, 2), a step's time and the next one's."""

@@ -16,7 +16,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextlib.contextmanager
-def hold(cfg):
+def hold_run(cfg):
     """Around a run with a full config. The first process locks --out; --push_to_hub comes at the end.
 
     Afterwards random state, precision and warnings are the caller's again. Raises BadInput where another
