@@ -58,7 +58,7 @@ def test_the_family_without_a_mistake_trains(quick):
     assert [row["step"] for row in vader.train(quick)] == [1]
 
 
-@pytest.mark.parametrize("name, mistake", itertools.product(METHODS.split(), MISTAKES))
+@pytest.mark.parametrize("name, mistake", list(itertools.product(METHODS.split(), MISTAKES)))
 def test_a_mistake_in_a_family_keeps_its_traceback(name, mistake, quick, small, monkeypatch):
     cfg = quick
     method = broken(mistake)

@@ -265,7 +265,8 @@ def test_a_push_that_fails_loses_nothing_and_is_made_again(hub, settings, capsys
 
 
 def test_the_first_process_alone_pushes(hub, settings, monkeypatch):
-    monkeypatch.setattr(vader, "ranks", lambda: (1, 1))
+    monkeypatch.setattr(vader, "ranks", lambda: (1, 2))
+    monkeypatch.setattr(vader, "dist", Mock())
     vader.train(replace(settings, steps=1, eval_videos=0, push_to_hub="me/bright"))
     assert not hub.created and not hub.pushed
 
