@@ -52,6 +52,16 @@ def test_every_path_has_its_home_folder(tmp_path, monkeypatch):
     assert vader.read_prompts(str(tmp_path / "p.jsonl")) == [Prompt("a cat", str(tmp_path / "cat.png"))]
 
 
+def test_a_name_longer_than_any_file_s_is_one_line(tmp_path):
+    long = "/nosuch/" + 300 * "x"
+    for name in "prompts model lora base_lora out reward_weights vlm eval_prompts".split():
+        with pytest.raises(BadInput, match=f"--{name} /nosuch/x+\\.\\.\\.: no file has so long a name"):
+            checks.check_settings(Config(**dict(model="tiny") | {name: long}))
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "a cat", "image": long}))
+    with pytest.raises(BadInput, match="p.jsonl, line 1: can't read the image .*: no file"):
+        vader.read_prompts(str(tmp_path / "p.jsonl"))
+
+
 def test_settings_take_paths_and_numbers_of_numpy(tmp_path):
     cfg = Config(
         out=tmp_path, steps=np.int64(3), lr=np.float64(0.5), resume=np.bool_(True), eta=np.float32(1)

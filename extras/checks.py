@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import inspect
+import os
 import tempfile
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -81,10 +82,10 @@ def check_values(cfg: Config):
             options += (int,)
         right = isinstance(value, options) and (type(value) is not bool or bool in options)
         require(right, f"{name} is {value!r}: give {KINDS[options[0]]}")
-        no_home = (
-            isinstance(value, str) and value.startswith("~") and name not in ("reward", "negative_prompt")
-        )
-        require(not no_home, f"--{name} {value}: there is no such home folder")
+        if isinstance(value, str) and name not in ("reward", "negative_prompt"):
+            require(not value.startswith("~"), f"--{name} {value}: there is no such home folder")
+            longest = max(len(os.fsencode(part)) for part in value.split("/"))
+            require(longest < 256, f"--{name} {value[:40]}...: no file has so long a name")
         if type(value) in (int, float):
             low, high = RANGES.get(name, (0 if float in options else 1, 1e9))
             require(low <= value <= high, f"--{name} {value:g}: must be from {low:g} to {high:g}")

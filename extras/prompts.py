@@ -30,7 +30,7 @@ def read_rows(path: str) -> list[Prompt]:
         prompt = read_row(where, line)
         if prompt.image:
             file = Path(path).parent / os.path.expanduser(prompt.image)
-            require(file.is_file(), f"{where}: can't read the image {file}: no file")
+            require(os.path.isfile(file), f"{where}: can't read the image {file}: no file")
             prompt = prompt._replace(image=str(file))
         prompts.append(prompt)
     return prompts
