@@ -232,7 +232,7 @@ def sizes(work):
 # ---- Going on with a run -----------------------------------------------------------------------------------
 def again(work):
     """--resume where what a path names, or what the run has written, is no longer the same."""
-    run, few, named = work / "copy", work / "few", work / "few" / "adapter_model.safetensors"
+    run, few, named = work / "again", work / "few", work / "few" / "adapter_model.safetensors"
     longer = ["--out", run, "--resume", "--steps", 2]
 
     def changed(file):
@@ -268,7 +268,7 @@ def again(work):
             ("a video cut", lambda: cut(videos / "001.mp4"), [], "passes", ""),
             ("all videos gone", lambda: shutil.rmtree(videos), [], "passes", ""),
             ("metrics cut", lambda: cut(metrics), [], "either", f"metrics.jsonl|{run}"),
-            ("metrics of noise", lambda: metrics.write_text("x\n"), [], "refused", f"metrics.jsonl|{run}"),
+            ("metrics of noise", lambda: metrics.write_text("x\n"), [], "passes", ""),
             ("other prompts", None, ["--prompts", TINY / "unseen.txt"], "refused", "prompts"),
             ("other seed", None, ["--seed", 1], "refused", "--seed"),
             ("other LoRA", None, ["--lora", work / "run" / "lora"], "refused", "--lora"),

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import socket
 import stat
 import subprocess
 import sys
@@ -24,7 +25,7 @@ import models.wan
 import rewards
 import vader
 from conftest import HERE, checked, command, python
-from extras import checks, lora_files, prompts, record
+from extras import checks, errors, lora_files, prompts, record
 from rewards import BadInput
 from vader import TOY, Config, Prompt
 
@@ -185,6 +186,20 @@ def test_stray_variables_of_a_batch_system(monkeypatch, capfd, variables, named)
     assert vader.main(["--steps", "x"]) == 2
     line = capfd.readouterr().err
     assert line.count("\n") == 1 and (named or "--steps") in line
+
+
+def test_a_first_process_that_never_comes_is_one_line(monkeypatch):
+    """After ten minutes, here at once."""
+    for pair in "MASTER_ADDR=127.0.0.1 RANK=1 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_PORT=1".split():
+        monkeypatch.setenv(*pair.split("="))
+    monkeypatch.setattr(errors.time, "sleep", lambda seconds: None)
+    clock = iter(range(0, 2000, 300))
+    monkeypatch.setattr(errors.time, "monotonic", lambda: next(clock))
+    with pytest.raises(BadInput, match="no first process in 600 s at MASTER_ADDR=127.0.0.1, MASTER_PORT=1"):
+        errors.check_processes()
+    with socket.create_server(("127.0.0.1", 0)) as listens:
+        monkeypatch.setenv("MASTER_PORT", str(listens.getsockname()[1]))
+        errors.check_processes()
 
 
 # ---- Videos ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import re
 import socket
 import sys
+import time
 
 import diffusers
 import transformers
@@ -68,6 +69,21 @@ def check_processes():
     require(rank < world, f"RANK={rank} in the environment, of WORLD_SIZE={world}: start them by torchrun")
     if rank == 0 and world > 1:
         print(f"the first of {world} processes, by torchrun's variables: it waits until all are there")
+    if rank > 0:
+        wait_for_first(address, int(os.environ.get("MASTER_PORT", 29500)))
+
+
+def wait_for_first(address: str, port: int, seconds=600):
+    """Wait until the first process listens, as PyTorch would for ever. Raises BadInput when it does not."""
+    end = time.monotonic() + seconds
+    problem = f"no first process in {seconds} s at MASTER_ADDR={address}, MASTER_PORT={port}: start it first"
+    while True:
+        try:
+            socket.create_connection((address, port), timeout=10).close()
+            return
+        except OSError:
+            require(time.monotonic() < end, problem)
+            time.sleep(1)
 
 
 def refuse_arguments(parser, message: str):

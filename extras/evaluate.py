@@ -44,7 +44,7 @@ def make_videos(run, prompts: list, folder: str) -> dict:
     for first in range(0, len(prompts), cfg.batch_size):
         chosen = prompts[first : first + cfg.batch_size]
         numbers = range(first, first + len(chosen))
-        are_there = all((out / folder / f"{n:03d}.mp4").exists() for n in numbers)
+        are_there = all(is_whole(out / folder / f"{n:03d}.mp4") for n in numbers)
         part = done.get((folder, first))
         if part is None or not are_there:
             part = done[folder, first] = vader.evaluate(run, chosen, folder, first)
@@ -53,6 +53,11 @@ def make_videos(run, prompts: list, folder: str) -> dict:
             if name != "folder":
                 whole.setdefault(name, []).extend(values)
     return whole
+
+
+def is_whole(video: Path) -> bool:
+    """Is a video there, to its end? There stands its table of contents."""
+    return video.exists() and b"moov" in video.read_bytes()
 
 
 def write_done(out: Path, done: dict):

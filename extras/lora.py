@@ -11,7 +11,15 @@ from safetensors.torch import load_file
 
 import vader
 from extras.find_lora import NAMES, find_lora, is_peft
-from extras.lora_checks import check_alphas, check_biases, check_config, check_kind, check_matrices, quiet
+from extras.lora_checks import (
+    check_alphas,
+    check_biases,
+    check_config,
+    check_kind,
+    check_matrices,
+    check_numbers,
+    quiet,
+)
 from extras.stock_lora import make_config, read_stock
 from rewards import as_bad_input, read_json, require
 from vader import VideoModel, fill_in, read_config
@@ -45,6 +53,7 @@ def read_lora(source: str, flag: str, family: type[VideoModel]) -> Lora:
     with as_bad_input(f"{where} is damaged, or no LoRA"):
         state = load_file(file)
     check_kind(where, state)
+    check_numbers(where, state)
     check_alphas(where, state)
     first = min(state, default="")
     if first.startswith(PEFT_PREFIX) or not family.lora_pipeline:

@@ -82,6 +82,13 @@ def check_kind(where: str, state: dict):
             require(part not in key, f"{where} is a {kind}, for which there is no code: it has {key}")
 
 
+def check_numbers(where: str, state: dict):
+    """What is no alpha must be floating-point numbers: converters would round others, or take them so."""
+    for key, tensor in state.items():
+        is_right = key.endswith(".alpha") or tensor.is_floating_point()
+        require(is_right, f"{where} is damaged: {key} is of {tensor.dtype}, not of floating-point numbers")
+
+
 def check_alphas(where: str, state: dict):
     """Each alpha must be a number above 0, of a layer that has matrices."""
     layers = {key.split(".lora_")[0] for key in state}

@@ -67,6 +67,8 @@ def check_folder(cfg, prompts: list):
         check_settings(out, run_settings(cfg, prompts))
         read_done(out)
         return
+    mode = read_json(out / "config.json").get("mode")
+    require(mode == "train", f"{out} is of --mode {mode}: give another --out")
     updates = check_metrics(out)
     checkpoint = out / "checkpoint" / "state.pt"
     if updates < 2 and not checkpoint.exists() and (cfg.resume or "lora" not in names):

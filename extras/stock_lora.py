@@ -72,6 +72,10 @@ def read_header(where: str, header: dict, matrices: dict) -> peft.LoraConfig:
     """The config that the header of diffusers' files tells, for these matrices. Raises BadInput."""
     check_training(where, header)
     check_scale(where, header, "of its header")
+    targets = header.get("target_modules", [])
+    require(
+        isinstance(targets, list), f"{where}: target_modules of its header is {targets!r}, no list of names"
+    )
     told = {}
     for name in HEADER:
         if name in header:
