@@ -49,7 +49,6 @@ def stop(*_):
 
 if SCRIPT:  # before the imports, which take seconds
     signal.signal(signal.SIGINT, stop)
-    sys.stdout.reconfigure(errors="backslashreplace")  # of names that the terminal has no letters for
     # what these say of torchao, where it is installed, is not for whoever runs this
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("torch.utils._pytree").setLevel("ERROR")

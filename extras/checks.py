@@ -133,7 +133,7 @@ def check_video(cfg: Config):
         try:
             with as_bad_input("ffmpeg is not there"):
                 vader.write_video(file, torch.zeros(1, 3, 16, 16), cfg.fps)
-                require(file.stat().st_size > 0, "ffmpeg wrote nothing")
+                require(b"moov" in file.read_bytes(), "ffmpeg wrote no whole video, and did not say so")
         except BadInput as error:
             raise BadInput(f"no video can be written: {advice} ({error})") from None
 

@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import io
 import os
 import re
 import socket
@@ -22,6 +23,8 @@ def in_one_line(command, argv) -> int:
     for library in (transformers, diffusers):  # their loading bars and reports of unused weights
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of names that the terminal has no letters for
     try:
         check_processes()
         command(argv)

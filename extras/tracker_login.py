@@ -51,6 +51,14 @@ def check_tracker(cfg):
     """Can cfg.tracker, which is installed, begin a run? Raises BadInput, and never asks for a password."""
     if cfg.mode != "train":
         return
+    library = {"tensorboard": "torch.utils.tensorboard"}.get(cfg.tracker, cfg.tracker)
+    try:
+        importlib.import_module(library)
+    except ImportError as error:
+        advice = f"pip install --force-reinstall {cfg.tracker}"
+        raise BadInput(
+            f"--tracker {cfg.tracker} is installed in part: {advice} ({one_line(error)})"
+        ) from None
     if cfg.tracker == "wandb":
         check_wandb()
     elif cfg.tracker == "trackio":
