@@ -49,8 +49,7 @@ def stop(*_):
 
 if SCRIPT:  # before the imports, which take seconds
     signal.signal(signal.SIGINT, stop)
-    # what these say of torchao, where it is installed, is not for whoever runs this
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # these speak of torchao, where it is installed
     logging.getLogger("torch.utils._pytree").setLevel("ERROR")
 
 import diffusers
@@ -71,7 +70,7 @@ from rewards import evenly_spaced, require
 sys.modules.setdefault("vader", sys.modules[__name__])
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 TOY = str(HERE / "tiny" / "rewards")  # weights of the tiny world's rewards
-PAGE, EXTRAS = HERE / "page.html", HERE / "extras"
+EXTRAS = HERE / "extras"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -88,8 +87,11 @@ class Config:
     reward: str = arg("aesthetic", 'a reward of rewards.py or a weighted sum, "aesthetic + 0.5*colorful"')
     prompts: str = arg("prompts.txt", "a text file, a prompt a line (not # lines), or .jsonl with images")
     model: str = arg("auto", "a short name, hub id or folder; auto: modelscope on a CUDA GPU, else tiny-few")
-    mode: Literal["train", "sample", "eval"] = arg("train", "sample: make videos; eval: score base and tuned")
+    mode: Literal["train", "sample", "eval", "strength"] = arg(
+        "train", "sample: make videos; eval: score them"
+    )
     lora: str | None = arg(None, "folder, file or hub id of a LoRA: to sample, score, or start training from")
+    lora_scale: float = arg(1.0, "strength of --lora in sample and eval")
     base_lora: str | None = arg(None, "LoRA that is fused into the base, for few steps or a style")
     out: str | None = arg(None, "output folder; default runs/<reward>-<model>, runs/<mode>-<reward>-<model>")
     resume: bool = arg(False, "go on with the run in --out, with the same settings (how long may change)")
@@ -128,9 +130,16 @@ class Config:
     lora_alpha: float | None = arg(None, "adapters are scaled by alpha / rank; default alpha = rank")
     lora_targets: str | None = arg(None, "linear layers by the end of their names; default: attention")
     # evaluation, files, machine
-    eval_prompts: str | None = arg(None, "prompt file; default every tenth of --prompts; not trained on")
+    eval_prompts: str | None = arg(None, "prompt file, not trained on; default every tenth of --prompts")
     eval_every: int | None = arg(None, "updates between evaluations; one more at the start, and at the end")
-    eval_videos: int = arg(16, "videos per evaluation in training, each time the same; 0: none")
+    eval_videos: int | None = arg(None, "videos per evaluation in training, each time the same; 0: none")
+    eval_batch_size: int | None = arg(None, "videos made at once in evaluations; default --batch_size")
+    watch: str = arg(
+        "auto", 'judges, scored and not trained on, "clip + hps"; auto: clip, or aesthetic; none'
+    )
+    stop_when_worse: int | None = arg(
+        None, "evaluations in a row in which a judge finds videos worse; then stop"
+    )
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "where to log as well")
     push_to_hub: str | None = arg(None, "owner/name: where the LoRA goes at the end; public if it is new")
     device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto is cuda where there is one")
@@ -172,7 +181,7 @@ def read_prompts(path: str) -> list[Prompt]:
 def split_prompts(cfg: Config):
     """Prompts to train on (all, if none are left), and held out: --eval_prompts, or every tenth."""
     prompts = list(dict.fromkeys(read_prompts(cfg.prompts)))  # each once, in order
-    if not cfg.eval_videos:
+    if cfg.eval_videos == 0:
         return prompts, []
     if cfg.eval_prompts:
         held_out = read_prompts(cfg.eval_prompts)
@@ -350,8 +359,9 @@ class VideoModel:
 
 
 # Defaults that models share: those with published weights, and those in tiny/.
-PUBLISHED = dict(steps=200, eval_every=50, lr=2e-4, batch_size=1, grad_accum=4, lora_rank=16)
-TINY = dict(steps=50, eval_every=25, lr=1e-3, batch_size=2, grad_accum=1, lora_rank=8)
+ATTENTION = "to_q,to_k,to_v,to_out.0"
+PUBLISHED = dict(steps=200, eval_every=50, eval_videos=16, lr=2e-4, batch_size=1, grad_accum=4, lora_rank=16)
+TINY = dict(steps=50, eval_every=25, eval_videos=16, lr=1e-3, batch_size=2, grad_accum=1, lora_rank=8)
 TINY |= dict(num_inference_steps=10, height=64, width=64, fps=8, rewards=TOY)
 
 
@@ -363,6 +373,7 @@ class TextToVideoUNet(VideoModel):
     zeroscope = modelscope | dict(source="cerspense/zeroscope_v2_576w", num_frames=24, height=320, width=576)
     tiny = TINY | dict(source=str(HERE / "tiny" / "t2v"), num_frames=8, guidance_scale=4.0)
     few = dict(base_lora=f"{HERE}/tiny/few", num_inference_steps=4, guidance_scale=1, steps=40, eval_every=20)
+    few |= dict(eval_prompts=f"{HERE}/tiny/unseen.txt", eval_videos=20, eval_batch_size=20)
     presets = {"modelscope": modelscope, "zeroscope": zeroscope, "tiny": tiny, "tiny-few": tiny | few}
 
     text_pipeline = diffusers.TextToVideoSDPipeline
@@ -418,6 +429,7 @@ class Run:
     terms: dict  # {name: (weight, reward)}
     conds: dict  # {prompt: its embeddings, keyword arguments of `denoise`}
     scaler: torch.amp.GradScaler | None = None  # of the loss, in fp16
+    judges: dict = field(default_factory=dict)  # as terms: rewards that only evaluations score
 
 
 class Batch(NamedTuple):
@@ -605,7 +617,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
     """
     holding = contextlib.nullcontext()
     if EXTRAS.is_dir():  # a fork without it checks nothing, locks nothing, and keeps no checkpoint
-        from extras import checks, record, resume
+        from extras import checks, record, resume, strength, watch
 
         holding = checks.enter(cfg, reward)
     cfg = resolve(cfg, reward)
@@ -616,16 +628,14 @@ def train(cfg: Config, reward=None) -> list[dict]:
         if cfg.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     prompts, held_out = split_prompts(cfg)
-    eval_prompts = [held_out[n % len(held_out)] for n in range(cfg.eval_videos)]
+    # twice as many as an evaluation has videos: half are for the report on best/
+    eval_prompts = [held_out[n % len(held_out)] for n in range(2 * cfg.eval_videos)]
     with holding:
         run = load_run(cfg, eval_prompts + drawn_prompts(prompts, cfg), reward)
         optimizer = make_optimizer(run)
         step = skipped = in_a_row = 0  # updates made; of these not finite; of the last ones not finite
-        if cfg.resume:
-            from extras import resume  # where such a fork ends
-
-            step, skipped = resume.restore_checkpoint(run, optimizer)
-        if rank == 0 and EXTRAS.is_dir():
+        if EXTRAS.is_dir():
+            step, skipped = resume.restore_checkpoint(run, optimizer)  # 0, 0 without --resume
             record.write_settings(cfg, prompts + held_out)
         if rank == 0 and step == 0:
             write_atomic(out / "metrics.jsonl", "")
@@ -633,9 +643,13 @@ def train(cfg: Config, reward=None) -> list[dict]:
         print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
 
         while True:
-            if rank == 0 and (step % cfg.eval_every == 0 or step == cfg.steps):
-                evaluate_once(run, eval_prompts, step)
-            if step == cfg.steps:
+            stop = step == cfg.steps
+            if stop or step % cfg.eval_every == 0:
+                if rank == 0:
+                    evaluate_once(run, eval_prompts[: cfg.eval_videos], step)
+                if cfg.stop_when_worse:
+                    stop = stop or watch.worse_for_long(cfg)
+            if stop:
                 break
             row = update(run, prompts, step, optimizer)
             step += 1
@@ -653,14 +667,15 @@ def train(cfg: Config, reward=None) -> list[dict]:
             figures = f"reward {row['reward']:.3f}, {row['seconds']:.1f} s, {row['memory_gb']:.1f} GB"
             print(f"update {step}/{cfg.steps}: {figures}")
 
-        page = f"open {out}/index.html" if PAGE.exists() else "no page.html beside vader.py, so no page"
-        print(f"done: {page}; the LoRA is in {out}/lora")
+        print(f"done: the LoRA is in {out}/lora")
+        if rank == 0 and run.judges:
+            strength.find_best(run, eval_prompts)
         if world > 1:
             dist.destroy_process_group()
         return read_metrics(out)
 
 
-# ---- 7. Evaluation and page --------------------------------------------------------------------------------
+# ---- 7. Evaluation -----------------------------------------------------------------------------------------
 def write_video(path: Path, video, fps: float):
     """video: (F, 3, H, W) float in [0, 1] -> an mp4 that browsers play, enlarged to at least 256 pixels."""
     pixels = (video.permute(0, 2, 3, 1) * 255).round().byte().cpu().numpy()
@@ -669,7 +684,9 @@ def write_video(path: Path, video, fps: float):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(".tmp-vader-" + path.name)
     source = f"-v error -y -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
-    target = f"-vf scale=iw*{zoom}:ih*{zoom}:flags=neighbor -c:v libx264 -crf 5 -pix_fmt yuv420p"
+    target = (
+        f"-vf scale=iw*{zoom}:ih*{zoom}:flags=neighbor -c:v libx264 -preset ultrafast -crf 5 -pix_fmt yuv420p"
+    )
     command = [imageio_ffmpeg.get_ffmpeg_exe(), *source.split(), *target.split(), temporary]
     ffmpeg = subprocess.run(command, input=pixels.tobytes(), capture_output=True)
     problem = ffmpeg.stderr.decode(errors="replace")
@@ -695,53 +712,37 @@ def evaluate(run: Run, prompts, folder: str, first=0) -> dict:
     cfg = run.cfg
     texts = [prompt.text for prompt in prompts]
     result = {"folder": folder, "prompts": texts}
-    for start in tqdm(range(0, len(prompts), cfg.batch_size), desc=f"videos {folder}", leave=False):
-        end = start + cfg.batch_size
+    for start in tqdm(range(0, len(prompts), cfg.eval_batch_size), desc=f"videos {folder}", leave=False):
+        end = start + cfg.eval_batch_size
         videos = make_videos(run, prompts[start:end], first + start)
+        figures = {}
+        if run.judges:
+            from extras import watch
+
+            figures = watch.score_judges(run, videos, texts[start:end])
         if run.terms:
-            figures = rewards.weighted_rewards(run.terms, videos, texts[start:end], cfg.decode_chunk)
-            for name, values in figures.items():
-                result.setdefault(name, []).extend(values.tolist())
+            figures |= rewards.weighted_rewards(run.terms, videos, texts[start:end], cfg.decode_chunk)
+        for name, values in figures.items():
+            result.setdefault(name, []).extend(values.tolist())
         for n, video in enumerate(videos, start=first + start):
             write_video(Path(cfg.out) / folder / f"{n:03d}.mp4", video, cfg.fps)
     return result
 
 
 def evaluate_once(run: Run, prompts, step: int):
-    """Evaluate after `step` updates, unless metrics.jsonl has that evaluation, and write the page."""
+    """Evaluate after `step` updates, unless metrics.jsonl has that evaluation, and keep its LoRA."""
     cfg, out = run.cfg, Path(run.cfg.out)
-    evaluations = {row["step"]: row["eval"] for row in read_metrics(out) if "eval" in row}
-    if prompts and step not in evaluations:
-        result = evaluations[step] = evaluate(run, prompts, f"samples/step_{step:06d}")
-        if step == 0 and not np.isfinite(result["reward"]).all():
-            raise FloatingPointError(f"{cfg.reward} of the videos before training is not finite")
+    done = [row["step"] for row in read_metrics(out) if "eval" in row]
+    if prompts and step not in done:
+        folder = f"samples/step_{step:06d}"
+        result = evaluate(run, prompts, folder)
+        print(f"update {step}: held-out reward {np.mean(result['reward']):.3f}")
+        save_lora(run.model, out / folder / "lora", cfg)
         append_metrics(cfg, {"step": step, "eval": result})
-        base = evaluations[min(evaluations)]["reward"]
-        print(f"update {step}: held-out reward {summary(base, result['reward'])}")
-    write_page(cfg, read_metrics(out))
+    if EXTRAS.is_dir():
+        from extras import watch
 
-
-def paired_gain(base: list, tuned: list) -> tuple[float, float]:
-    """Mean of the differences between videos of the same prompt and noise, and its standard error."""
-    gains = np.array(tuned, dtype=float) - np.array(base, dtype=float)  # NaN where a file has null
-    error = gains.std(ddof=1) / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
-    return float(gains.mean()), float(error)
-
-
-def summary(base, tuned) -> str:
-    gain, error = paired_gain(base, tuned)
-    before, after = np.array([base, tuned], dtype=float).mean(axis=1)
-    change = f"{before:.3f} -> {after:.3f} ({gain:+.3f}, standard error {error:.3f}"
-    return f"{change}, {len(base)} videos, paired seeds)"
-
-
-def write_page(cfg: Config, rows: list[dict]):
-    """index.html, which is page.html, and its data: the rows of metrics.jsonl."""
-    toy = "rewards" in find_model(cfg.model)[2]
-    data = json.dumps({"config": vars(cfg), "rows": rows, "toy": toy})
-    write_atomic(Path(cfg.out) / "data.js", f"window.run = {data};\n")
-    if PAGE.exists():
-        write_atomic(Path(cfg.out) / "index.html", PAGE.read_bytes())
+        watch.tell(cfg, step)
 
 
 # ---- 8. Files and resume -----------------------------------------------------------------------------------
@@ -849,12 +850,13 @@ def resolve(cfg: Config, reward=None) -> Config:
 
         cfg = with_lora(cfg)
     family, _, preset = find_model(cfg.model)
-    preset = dict(fps=family.fps, grad_steps=family.grad_steps) | preset
+    preset = dict(fps=family.fps, grad_steps=family.grad_steps, lora_targets=ATTENTION) | preset
     preset["num_frames"] *= cfg.clips or 1
     cfg = fill_in(cfg, **preset, checkpointing=cfg.device != "cpu")
-    name = f"{cfg.mode}-{cfg.reward}-{Path(cfg.model).name}".removeprefix("train-")
+    kind = {"sample": "sample-", "eval": "eval-"}.get(cfg.mode, "")
+    name = f"{kind}{cfg.reward}-{Path(cfg.model).name}"
     out = "runs/" + re.sub(r"[^\w.]+", "-", name).strip("-")
-    return fill_in(cfg, lora_alpha=cfg.lora_rank, lora_targets="to_q,to_k,to_v,to_out.0", out=out)
+    return fill_in(cfg, lora_alpha=cfg.lora_rank, eval_batch_size=cfg.batch_size, out=out)
 
 
 def make_model(cfg: Config) -> VideoModel:
@@ -867,6 +869,14 @@ def make_model(cfg: Config) -> VideoModel:
     return family(source, cfg.device, DTYPES[cfg.dtype])
 
 
+def networks_of(terms: dict) -> torch.nn.ModuleList:
+    """The networks of rewards, so that they can be moved."""
+    networks = torch.nn.ModuleList()
+    for _, reward in terms.values():
+        networks.extend(getattr(reward, "networks", []))
+    return networks
+
+
 def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     """Load the rewards (not in sample mode), encode the prompts, then load denoiser, LoRA and VAE."""
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the float32 adapters
@@ -874,28 +884,23 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     texts = [prompt.text for prompt in prompts]
     terms = {cfg.reward: (1.0, reward)} if reward else {}
     if cfg.mode != "sample" and not reward:
-        toy = find_model(cfg.model)[2].get("rewards")
-        places = [cfg.reward_weights, toy]
+        places = [cfg.reward_weights, find_model(cfg.model)[2].get("rewards")]
         terms = rewards.make_terms(cfg.reward, cfg.device, model.dtype, places, texts, cfg.vlm, cfg.quantize)
-        if toy:
-            print("rewards: those of the tiny world, a toy; not comparable with published rewards' scores")
     scaler = torch.amp.GradScaler(model.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
     run = Run(cfg, model, model.schedule(cfg), terms, {}, scaler)
     if EXTRAS.is_dir():
-        from extras import checks
+        from extras import checks, watch
 
+        run.judges = watch.load_judges(cfg, texts)
         checks.try_rewards(run, texts)
-    networks = torch.nn.ModuleList()
-    for _, term in terms.values():
-        networks.extend(getattr(term, "networks", []))
-    networks.to("cpu")  # makes room for the text encoder, maybe the largest network of all
+    networks = networks_of(run.terms).to("cpu")  # room for the text encoder, maybe the largest of all
     run.conds = model.encode(list(dict.fromkeys([*prompts, Prompt(cfg.negative_prompt)])), cfg)
     model.load()
     if cfg.base_lora or cfg.quantize != "none":
         from extras.base_lora import prepare
 
         prepare(model, cfg)
-    if cfg.lora or cfg.mode == "train":
+    if cfg.lora or cfg.mode in ("train", "strength"):
         add_lora(model, cfg)
     if cfg.checkpointing:
         model.recompute()
@@ -922,15 +927,13 @@ def parse_args(argv=None) -> Config:
 
 def run_command(argv=None):
     """Do what the command line says. Raises what goes wrong."""
-    if ranks()[0]:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
     cfg = parse_args(argv)
     if cfg.mode == "train":
         train(cfg)
     else:
-        from extras.evaluate import apply_lora
+        from extras import evaluate
 
-        apply_lora(cfg)
+        evaluate.apply_lora(cfg)
 
 
 def main(argv=None) -> int:

@@ -20,6 +20,7 @@ from train_detector import load_detector  # noqa: E402
 from world import COMBINATIONS, caption  # noqa: E402
 
 import vader  # noqa: E402
+from extras import watch  # noqa: E402
 
 WORDS = ("colour", "object", "motion", "place")
 
@@ -48,10 +49,10 @@ def seen(run: Path, row: dict) -> dict[str, np.ndarray]:
 
 def main(run: Path):
     rows = [row for row in vader.read_metrics(run) if "eval" in row]
-    print(f"reward: {vader.summary(rows[0]['eval']['reward'], rows[-1]['eval']['reward'])}")
+    print(f"reward: {watch.summary(rows[0]['eval']['reward'], rows[-1]['eval']['reward'])}")
     first, last = (seen(run, row) for row in (rows[0], rows[-1]))
     for name, base in first.items():
-        print(f"{name}: {vader.summary(base.tolist(), last[name].tolist())}")
+        print(f"{name}: {watch.summary(base.tolist(), last[name].tolist())}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import vader  # noqa: E402 (needs the line above)
+from extras import watch  # noqa: E402
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (needs the line above)
@@ -94,7 +95,7 @@ METHODS = {
 def open_run(settings: dict, reward: str, seed: int):
     """A vader.Run with these settings, its optimiser, prompts to train on, held-out ones, and the judge."""
     common = dict(model="tiny", prompts=str(HERE.parent / "prompts.txt"), num_inference_steps=STEPS)
-    cfg = vader.Config(reward=reward, seed=seed, **common | settings)
+    cfg = vader.Config(reward=reward, seed=seed, watch="none", **common | settings)
     cfg = vader.resolve(cfg)
     prompts, held_out = vader.split_prompts(cfg)
     run = vader.load_run(cfg, prompts + held_out)
@@ -164,7 +165,7 @@ def table_rows(name: tuple, rows: list[dict]) -> list[dict]:
     head = dict(zip(("method", "reward", "seed"), name, strict=True))
     found = []
     for row in rows:
-        gain, error = vader.paired_gain(rows[0]["values"], row["values"])
+        gain, error = watch.paired_gain(rows[0]["values"], row["values"])
         figures = {"mean": f"{row['mean']:.4f}", "gain": f"{gain:.4f}", "error": f"{error:.4f}"}
         found.append(head | {"queries": row["queries"], "seconds": row["seconds"]} | figures)
     return found

@@ -23,6 +23,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import vader  # noqa: E402 (needs the line above)
+from extras import watch  # noqa: E402
 
 SECONDS = 90
 DRAWS = 4
@@ -111,7 +112,7 @@ def measure(way: str, reward: str, seed: int, seconds=SECONDS, samples=64) -> di
     base_motion, base_spread = looks(settings, None, samples)
     state = torch.load(efficiency.RUNS / name / "state.pt", weights_only=True)
     motion, spread = looks(settings, state["lora"], samples)
-    gain, error = vader.paired_gain(rows[0]["values"], rows[-1]["values"])
+    gain, error = watch.paired_gain(rows[0]["values"], rows[-1]["values"])
     row = {"way": way, "reward": reward, "seed": seed, "updates": rows[-1]["step"]}
     row |= {"gain": f"{gain:.3f}", "error": f"{error:.3f}", "motion": f"{motion / base_motion:.2f}"}
     return row | {"diversity": f"{spread / base_spread:.2f}"}

@@ -29,6 +29,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import vader  # noqa: E402 (needs the line above)
+from extras import watch  # noqa: E402
 from rewards import IMAGENET_MEAN, IMAGENET_STD, evenly_spaced, make_terms, preprocess, weighted_rewards  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "generalise"
@@ -98,7 +99,7 @@ def train(reward: str, seed: int, name: str, prompts: list[str]) -> Path:
     rows = vader.read_metrics(out)
     if not rows or rows[-1]["step"] < settings["steps"]:
         settings |= dict(resume=(out / "config.json").exists(), eval_every=settings["steps"], eval_videos=4)
-        vader.train(vader.Config(**settings, prompts=str(file), eval_prompts=str(file)))
+        vader.train(vader.Config(**settings, prompts=str(file), eval_prompts=str(file), watch="none"))
     return out / "lora"
 
 
@@ -161,7 +162,7 @@ def study(reward: str, seed: int, videos: int) -> list[dict]:
             with scaled(run, 0.0):
                 BASE[name] = judge(run, prompts)
         base, tuned = BASE[name][reward], judge(run, prompts)[reward]
-        gain, error = vader.paired_gain(base, tuned)
+        gain, error = watch.paired_gain(base, tuned)
         numbers = dict(base=base.mean(), tuned=tuned.mean(), gain=gain, error=error)
         row = {"reward": reward, "prompts": name, "seed": seed}
         rows.append(row | {key: f"{value:.3f}" for key, value in numbers.items()})
@@ -201,7 +202,7 @@ def how_many_prompts(reward: str, seed: int, videos: int, videos_held_out: int) 
                 base = scores(run)
         tuned = scores(run)
         for shown, part in zip(PARTS, slices, strict=True):
-            gain, error = vader.paired_gain(base[part], tuned[part])
+            gain, error = watch.paired_gain(base[part], tuned[part])
             row = {"reward": reward, "prompts": shown, "trained on": f"{len(prompts)}, {name}", "seed": seed}
             numbers = dict(base=base[part].mean(), gain=gain, error=error)
             rows.append(row | {key: f"{value:.3f}" for key, value in numbers.items()})

@@ -48,7 +48,10 @@ SETTINGS = """\
 --num_frames 1 --reward dynamic|--num_frames 1 --reward vjepa|--model tiny-wan --num_frames 5 --height 24|x|--
 --model tiny-wan --num_frames 3|--model tiny-wan --num_frames 5 --eta .5|--lora run/lora --lora_targets to_q
 --lora run/lora --lora_rank 3|--lora run/lora --lora_alpha 3|--reward_weights README.md|--model tiny-i2v
---clips 2|--clips x|--push_to_hub x|--push_to_hub a/b/c|--push_to_hub a/b|--model tiny-i2v --clips 3"""
+--clips 2|--clips x|--push_to_hub x|--push_to_hub a/b/c|--push_to_hub a/b|--model tiny-i2v --clips 3
+--watch 2*clip|--watch clip+clip|--watch colorful|--watch clip,hps|--watch remove|--watch ask: --vlm x
+--watch clip --eval_videos 0|--mode eval --watch clip|--stop_when_worse 1 --watch none|--lora_scale 0.5
+--mode strength|--mode strength --out run/lora|--mode sample --lora_scale 2"""
 REWARDS = """\
 +|colorful +|+ colorful|0.5*|*colorful|1e3colorful|nan*colorful|9999999999*colorful|1**colorful|0.5 colorful
 colorful -|colorful, dynamic|colorful*0.5|(colorful)|1e10*colorful|colorfull|:|é|colorful + colorful|remove

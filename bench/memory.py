@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import rewards  # noqa: E402 (needs the line above)
 import vader  # noqa: E402
-from extras import clips  # noqa: E402
+from extras import clips, watch  # noqa: E402
 from extras.base_lora import prepare  # noqa: E402
 from extras.checks import check_settings  # noqa: E402
 
@@ -142,8 +142,13 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
         optimizer.step()
         phase("optimiser", *denoiser)
         with torch.no_grad():
-            model.decode(latents[-1], range(frames))
-        phase("decoding a video")
+            video = model.decode(latents[-1], range(frames))
+        phase("decoding a video", *denoiser)
+        judges = watch.spec_of(cfg)
+        if judges != "none":  # these wait on the host until now, so that they are made now
+            run.judges = make_terms(dataclasses.replace(cfg, reward=judges), "cpu")
+            watch.score_judges(run, video, [prompt.text for prompt in prompts])
+            phase("judging a video")
     del found["rewards"], found["passing"]  # parts of loading, of rollout
     times = {"sampling": ("rollout", T), "score": ("score", 1 / len(places)), "walk back": ("walk back", K)}
     for name, (part, n) in times.items() if operations is not None else ():
@@ -223,7 +228,7 @@ def write_table(measured: bool):
     ]:
         key = model, reward, "yes" if offload else "no"
         frames = 16 if reward == "vjepa" and model != "svd" else None
-        cfg = vader.Config(model=model, reward=reward, offload=offload, decode_frames=frames)
+        cfg = vader.Config(model=model, reward=reward, offload=offload, decode_frames=frames, watch="none")
         if key not in rows:
             found = predict(cfg, operations := {})
             found["peak"] = max(found.values())

@@ -21,7 +21,7 @@ MODELS = ("tiny", "tiny-i2v", "tiny-wan")
 
 def main():
     counts, seconds = {}, {model: [] for model in MODELS}
-    cfg = vader.Config(reward="aesthetic", dtype="fp32", reward_weights=vader.TOY)
+    cfg = vader.Config(reward="aesthetic", dtype="fp32", watch="none", reward_weights=vader.TOY)
     cfgs = {model: dataclasses.replace(cfg, model=model) for model in MODELS}
     for model, one in cfgs.items():
         memory.predict(one, counts.setdefault(model, {}))

@@ -99,7 +99,7 @@ def main():
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
-    cfg = vader.Config(model=args.model, prompts=str(HERE.parent / "prompts.txt"))
+    cfg = vader.Config(model=args.model, prompts=str(HERE.parent / "prompts.txt"), watch="none")
     rows = compare(cfg, (1, 2, 4, 8), args.pairs)
     with open(HERE / "reference.csv", "w", newline="") as file:
         table = csv.DictWriter(file, rows[0])

@@ -26,7 +26,7 @@ WAYS = ("apart, TF32", "apart, no TF32", "merged", "int8", "apart, TF32")  # the
 
 def measure(model: str, way: str) -> dict:
     """What `memory.measure` finds, in one of WAYS."""
-    cfg, rollout = vader.Config(model=model, reward="aesthetic"), vader.rollout
+    cfg, rollout = vader.Config(model=model, reward="aesthetic", watch="none"), vader.rollout
 
     def merged(run, batch):
         run.model.denoiser.merge_adapter()

@@ -42,7 +42,7 @@ def wan(seed: int, size=(3, 12, 20)) -> tuple[float, float]:
 
 def svd(seed: int) -> dict[int, float]:
     """{decode_chunk: cosine} for two videos of images.jsonl."""
-    cfg = vader.Config(model="tiny-i2v", reward="vjepa", seed=seed)
+    cfg = vader.Config(model="tiny-i2v", reward="vjepa", seed=seed, watch="none")
     cfg = vader.resolve(cfg)
     prompts = vader.read_prompts(str(HERE.parent / "tiny" / "images.jsonl"))[2 * seed : 2 * seed + 2]
     run, slopes = vader.load_run(cfg, prompts), {}
@@ -66,7 +66,7 @@ def int8_tiny(seed: int) -> tuple[float, float]:
     """Relative difference and cosine of an update's gradient, two videos."""
     found = []
     for kind in ("none", "int8"):
-        cfg = vader.Config(model="tiny", dtype="bf16", seed=seed, quantize=kind)
+        cfg = vader.Config(model="tiny", dtype="bf16", seed=seed, watch="none", quantize=kind)
         cfg = vader.resolve(cfg)
         prompts = vader.read_prompts(str(HERE.parent / "prompts.txt"))
         run = vader.load_run(cfg, prompts)

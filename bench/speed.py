@@ -36,7 +36,7 @@ def timed(function, device):
 def make_pair(model: str, reward: str, steps: int, guidance: float | None, batch_size: int):
     """A function of a number: (seconds of that update, seconds of the stock pipeline making its batch)."""
     how = dict(num_inference_steps=steps, guidance_scale=guidance, batch_size=batch_size, grad_accum=1)
-    cfg = vader.resolve(vader.Config(model=model, reward=reward, **how))
+    cfg = vader.resolve(vader.Config(model=model, reward=reward, watch="none", **how))
     prompts = vader.read_prompts(str(HERE.parent / "prompts.txt"))
     run = vader.load_run(cfg, prompts)
     optimizer = vader.make_optimizer(run)

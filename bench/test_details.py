@@ -61,10 +61,13 @@ def test_every_tenth_prompt_is_held_out(quick, tmp_path):
 def test_the_printed_change_is_that_since_the_first_evaluation(quick, capsys):
     rows, _ = go(quick, "change", lr=0.3, steps=2, eval_every=1, eval_videos=2)
     means = [np.mean(row["eval"]["reward"]) for row in rows if "eval" in row]
-    said = [line for line in capsys.readouterr().out.splitlines() if "held-out reward" in line]
-    assert len({f"{mean:.3f}" for mean in means}) == len(said) == 3
-    for step, (mean, line) in enumerate(zip(means, said, strict=True)):
-        assert f"update {step}: held-out reward {means[0]:.3f} -> {mean:.3f} ({mean - means[0]:+.3f}" in line
+    said = capsys.readouterr().out
+    assert len({f"{mean:.3f}" for mean in means}) == 3
+    for step, mean in enumerate(means):
+        assert f"update {step}: held-out reward {mean:.3f}\n" in said
+    changes = [line for line in said.splitlines() if line.startswith("  reward: ")]
+    for mean, line in zip(means[1:], changes, strict=True):
+        assert f"  reward: {means[0]:.3f} -> {mean:.3f} ({mean - means[0]:+.3f}" in line
 
 
 def test_the_page_is_told_whether_the_rewards_are_toys(quick, tmp_path):

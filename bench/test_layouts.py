@@ -343,7 +343,9 @@ def test_a_run_begins_from_stock_s_file_and_goes_on(kind, family_run, tmp_path, 
     lora = str(tmp_path / "some.safetensors")
     how = dict(mode="train", lora="~/some.safetensors", prompts=str(tmp_path / "two.txt"))
     how |= dict(height=32, width=32)
-    how |= dict(num_inference_steps=2, grad_accum=1, eval_videos=1, steps=2, lr=1e-2, eval_every=9)
+    how |= dict(
+        num_inference_steps=2, grad_accum=1, eval_videos=1, steps=2, lr=1e-2, eval_every=9, watch="none"
+    )
     cfg = replace(run.cfg, **how, out=str(tmp_path / "whole"))
     assert vader.main(command(cfg)) == 0
     assert f"base: {lora}, which training begins from" in capsys.readouterr().out

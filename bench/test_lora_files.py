@@ -23,6 +23,7 @@ from test_models import our_frames, stock_frames, stock_pipeline
 
 import vader
 from conftest import batch, checked, command, load, python
+from extras import watch
 from extras.hub import write_repository
 from extras.lora_files import comfy_state, public_name
 from rewards import BadInput
@@ -225,7 +226,7 @@ def test_a_run_is_pushed_once_with_a_card(hub, settings, checkpoints, tmp_path, 
 
     card = huggingface_hub.ModelCard.load(folder / "README.md")
     evaluations = [row["eval"] for row in rows if "eval" in row]
-    assert vader.summary(evaluations[0]["reward"], evaluations[2]["reward"]) in card.text
+    assert watch.summary(evaluations[0]["reward"], evaluations[2]["reward"]) in card.text
     assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-video"
     assert card.data.base_model is None and {"lora", "vader"} < {*card.data.tags}
     assert [row["text"] for row in card.data.widget] == evaluations[0]["prompts"]

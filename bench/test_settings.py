@@ -34,6 +34,7 @@ HERE_TESTS = {
     "test_batches_of_an_update_are_averaged": "grad_accum",
     "test_the_lora_is_as_told": "lora_rank lora_alpha lora_targets",
     "test_when_and_on_what_a_run_is_evaluated": "steps eval_prompts eval_every eval_videos",
+    "test_an_evaluation_makes_this_many_videos_at_once": "eval_batch_size",
 }
 OFFLOADING = "test_offloading_moves_the_image_encoder_with_the_vae_and_changes_nothing"
 ELSEWHERE = {
@@ -48,6 +49,9 @@ ELSEWHERE = {
     f"bench/test_clips.py::{OFFLOADING}": "offload",
     "test_vader.py::test_lora_is_float32_on_a_bf16_base": "dtype",
     "bench/test_trust.py::test_a_lora_to_start_from_is_the_base_of_the_gain": "lora",
+    "bench/test_strength.py::test_lora_scale_is_the_strength_of_a_lora_that_samples": "lora_scale",
+    "bench/test_strength.py::test_a_judge_is_scored_and_changes_nothing": "watch",
+    "bench/test_strength.py::test_a_run_stops_when_a_judge_has_fallen_for_long": "stop_when_worse",
     "bench/test_trackers.py::test_two_trainings_in_a_process_are_two_runs": "tracker",
     "bench/test_runs.py::test_a_device_that_is_not_there_is_refused": "device",
     "bench/test_base.py::test_a_base_lora_is_fused_and_ours_alone_is_saved": "base_lora",
@@ -200,6 +204,19 @@ def test_when_and_on_what_a_run_is_evaluated(quick, tmp_path):
         if "eval" in row:
             assert row["eval"]["prompts"] == ["a dog", "a fox", "a dog"]
             assert len([*(out / row["eval"]["folder"]).glob("*.mp4")]) == 3
+
+
+def test_an_evaluation_makes_this_many_videos_at_once(quick, seen):
+    """And they are the same videos."""
+    rewards, sizes = [], []
+    for size in (None, 3):
+        seen.forget()
+        rows, _ = go(quick, eval_videos=4, batch_size=1, eval_batch_size=size, reward="colorful")
+        rewards.append([row["eval"]["reward"] for row in rows if "eval" in row])
+        whole = [len(latents) for latents, picks, _ in seen.decoded if len(picks) == quick.num_frames]
+        sizes.append(whole[:4])
+    assert sizes[0] == [1, 1, 1, 1] and sizes[1][:2] == [3, 1]
+    assert rewards[1][0] == pytest.approx(rewards[0][0], rel=1e-5)
 
 
 # ---- The sampler -------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import torch
 
 import rewards
 import vader
-from extras import base_lora, checkpoint, holding, hub, lora, prompts, resume, tracker_login
+from extras import base_lora, checkpoint, holding, hub, lora, prompts, resume, tracker_login, watch
 from rewards import BadInput, as_bad_input, require
 from vader import Config, VideoModel
 
@@ -20,10 +20,9 @@ from vader import Config, VideoModel
 RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
 RANGES |= dict(fps=(1, 240), eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
 RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), lora_alpha=(1e-6, 1e6))
-RANGES |= dict(height=(1, 4096), width=(1, 4096))
+RANGES |= dict(height=(1, 4096), width=(1, 4096), lora_scale=(-10, 10))
 
 KINDS = {str: "a text", int: "a number, int", float: "a number", bool: "True or False"}
-
 LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}  # of --quantize
 
 
@@ -49,6 +48,8 @@ def enter(cfg: Config, reward=None):
 def check_settings(cfg: Config, reward=None):
     """What needs no file of prompts and no output folder."""
     check_values(cfg)
+    only_uses = cfg.mode in ("sample", "eval")
+    require(not (only_uses and cfg.eval_prompts), "--eval_prompts is for training: give --prompts")
     if cfg.device != "auto":
         check_device(cfg.device)
     if cfg.model != "auto":
@@ -65,8 +66,10 @@ def check_settings(cfg: Config, reward=None):
     check_libraries(cfg)
     if cfg.push_to_hub:
         hub.check_hub(cfg)
-    require(cfg.mode == "train" or not cfg.eval_prompts, "--eval_prompts is for training: give --prompts")
+    scaled = only_uses and cfg.lora
+    require(scaled or cfg.lora_scale == 1, "--lora_scale is of --lora, for --mode sample and eval")
     check_reward(cfg, reward)
+    watch.check_watch(cfg, reward)
 
 
 def check_values(cfg: Config):
@@ -146,8 +149,7 @@ def check_libraries(cfg: Config):
         library = LIBRARIES.get(choice, choice)
         ready = choice == "none" or importlib.util.find_spec(library)
         require(ready, f"--{flag} {choice} is not installed: pip install {library}")
-    if cfg.tracker != "none":
-        tracker_login.check_tracker(cfg)
+    tracker_login.check_tracker(cfg)
     require(cuda or cfg.quantize != "nf4", "--quantize nf4 is for CUDA GPUs: take int8")
 
 
@@ -168,6 +170,7 @@ def check_reward(cfg: Config, reward=None):
     require(names, f"--reward {cfg.reward}: all weights are 0, give one another")
     large = min(cfg.height, cfg.width) >= 16 or "compressible" not in names
     require(large, "--reward compressible needs frames of 16 x 16 pixels: raise --height or --width")
+    names += [name for name, _ in watch.judges_of(cfg)]
     require("ask" in names or not cfg.vlm, "--vlm is for the reward ask: leave it out")
     if cfg.reward_weights:
         folders = [name for name in rewards.REWARDS if Path(cfg.reward_weights, name).is_dir()]
@@ -177,6 +180,8 @@ def check_reward(cfg: Config, reward=None):
 def try_rewards(run: vader.Run, texts: list[str]):
     """Score noise: a reward that can't, or has no gradient, is known before anything large loads."""
     cfg = run.cfg
+    if "rewards" in vader.find_model(cfg.model)[2]:
+        print("rewards: those of the tiny world, a toy; not comparable with published rewards' scores")
     train = cfg.mode == "train"
     for name, (_, reward) in run.terms.items():
         require(callable(reward), f"what makes {name!r} returned {reward!r}: it must return the reward")
@@ -190,3 +195,6 @@ def try_rewards(run: vader.Run, texts: list[str]):
     rewards.weighted_rewards(run.terms, noise, first, cfg.decode_chunk, scale)
     require(not train or noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")
     prompts.warn_of_prompts_cut_by_rewards(run, texts)
+    if run.judges:
+        video = torch.rand(len(first), cfg.num_frames, 3, cfg.height, cfg.width)
+        watch.score_judges(run, video.to(cfg.device), first)

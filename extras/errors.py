@@ -27,6 +27,8 @@ def in_one_line(command, argv) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # of names that the terminal has no letters for
     try:
         check_processes()
+        if vader.ranks()[0]:
+            sys.stdout = open(os.devnull, "w")  # the first process speaks for all
         command(argv)
         return 0
     except BadInput as error:

@@ -1,4 +1,4 @@
-"""--mode sample and --mode eval: videos of a trained LoRA, or of the base model."""
+"""--mode sample and eval: videos of a trained LoRA, or of the base model. And to --mode strength."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 import vader
-from extras import checks, holding, record, resume
+from extras import checks, holding, page, record, resume, strength, watch
+from extras.lora_scale import at_strength
 
 
 def apply_lora(cfg):
@@ -16,6 +17,8 @@ def apply_lora(cfg):
     """
     if vader.ranks()[0]:  # the first of several processes does it all
         return
+    if cfg.mode == "strength":
+        return strength.try_strengths(cfg)
     checks.check_input(cfg)
     cfg = vader.resolve(cfg)
     prompts = vader.read_prompts(cfg.prompts)
@@ -27,11 +30,12 @@ def apply_lora(cfg):
             with run.model.denoiser.disable_adapter():
                 evaluations.append(make_videos(run, prompts, "base"))
         folder = "tuned" if cfg.lora else "base"
-        evaluations.append(make_videos(run, prompts, folder))
+        with at_strength(run.model, cfg.lora_scale):
+            evaluations.append(make_videos(run, prompts, folder))
         vader.write_atomic(Path(cfg.out) / "metrics.jsonl", "")
         for step, evaluation in enumerate(evaluations):
             vader.append_metrics(cfg, {"step": step, "eval": evaluation})
-        vader.write_page(cfg, vader.read_metrics(Path(cfg.out)))
+        page.write(cfg)
         print_scores(cfg, evaluations[0], evaluations[-1])
         print(f"done: {len(prompts)} videos in {cfg.out}/{folder}")
 
@@ -41,8 +45,8 @@ def make_videos(run, prompts: list, folder: str) -> dict:
     cfg, out = run.cfg, Path(run.cfg.out)
     done = resume.read_done(out)
     whole = {"folder": folder}
-    for first in range(0, len(prompts), cfg.batch_size):
-        chosen = prompts[first : first + cfg.batch_size]
+    for first in range(0, len(prompts), cfg.eval_batch_size):
+        chosen = prompts[first : first + cfg.eval_batch_size]
         numbers = range(first, first + len(chosen))
         are_there = all(is_whole(out / folder / f"{n:03d}.mp4") for n in numbers)
         part = done.get((folder, first))
@@ -74,7 +78,7 @@ def print_scores(cfg, first: dict, last: dict):
         if name in ("folder", "prompts"):
             continue
         if cfg.lora:
-            print(f"{name}: {vader.summary(first[name], last[name])}")
+            print(f"{name}: {watch.summary(first[name], last[name])}")
         else:
             mean = np.mean(first[name])
             print(f"{name}: {mean:.3f}, {len(first[name])} videos of the base model")

@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock, Timeout
 
 import vader
-from extras import hub, lora_files, tracker
+from extras import hub, lora_files, page, tracker
 from rewards import BadInput
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -31,7 +31,8 @@ def hold_run(cfg):
         failed = True
         try:
             yield
-            lora_files.tell_of_comfyui(Path(cfg.out) / "lora")
+            page.tell(cfg)
+            lora_files.tell_of_comfyui(Path(cfg.out))
             if cfg.push_to_hub and vader.ranks()[0] == 0:
                 hub.push(cfg, vader.read_metrics(Path(cfg.out)))
             failed = False

@@ -5,14 +5,16 @@ import shutil
 from pathlib import Path
 
 import imageio.v3 as iio
-import numpy as np
 from huggingface_hub import HfApi, ModelCard, ModelCardData, get_token
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
+from extras.images import strip
 from extras.lora_files import describe
-from rewards import BadInput, evenly_spaced, read_json, require
-from vader import Config, find_model, read_config, read_metrics, summary
+from extras.page import read_strength
+from extras.watch import names_of, summary
+from rewards import BadInput, read_json, require
+from vader import Config, find_model, read_config
 
 CARD = """\
 ---
@@ -82,8 +84,12 @@ def write_repository(cfg, rows: list[dict]) -> Path:
     """
     folder = Path(cfg.out) / "hub"
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(Path(cfg.out) / "lora", folder)
-    videos, widget = show_videos(cfg, rows, folder)
+    base, tuned, first = shown_evaluations(Path(cfg.out), rows)
+    lora = Path(cfg.out) / "lora"
+    if first:
+        lora = Path(cfg.out) / "best"
+    shutil.copytree(lora, folder)
+    videos, widget = show_videos(cfg, base, tuned, first, folder)
     card = ModelCard(make_card(cfg, folder, videos, widget))
     card.save(folder / "README.md")
     return folder
@@ -134,48 +140,48 @@ def public_command(cfg) -> str:
     return shlex.join(words)
 
 
-def show_videos(cfg, rows: list[dict], folder: Path) -> tuple[str, list[dict]]:
-    """Put the first held-out videos into folder -> their part of the card, and its metadata's `widget`."""
+def shown_evaluations(out: Path, rows: list[dict]) -> tuple[dict | None, dict | None, int]:
+    """Evaluations of the base and of the LoRA that is shown, and the number of their first video.
+
+    best/, where there is one, is shown by the videos that did not choose it; else lora/ by the last ones.
+    """
+    found = read_strength(out)
+    if found and found["best"]:
+        report = found["report"]
+        return report["base"], report["best"], report["first"]
     evaluations = [row["eval"] for row in rows if "eval" in row]
     if not evaluations:
+        return None, None, 0
+    return evaluations[0], evaluations[-1], 0
+
+
+def show_videos(cfg, base, tuned, first: int, folder: Path) -> tuple[str, list[dict]]:
+    """Put the first videos of `shown_evaluations` into folder -> their part of the card, and its `widget`."""
+    if not base:
         return "", []
-    first, last = evaluations[0], evaluations[-1]
-    text = f"Held out, base -> tuned: {summary(first['reward'], last['reward'])}."
+    text = f"Held out, base -> tuned: {summary(base['reward'], tuned['reward'])}."
+    for name in names_of(cfg):
+        if name in base:
+            text += f" {name}, not trained on: {summary(base[name], tuned[name])}."
     if cfg.lora:
         text += " Base is the LoRA that training began from."
     shown, table, widget = [], "", []
-    for n in range(SHOWN):
-        base = Path(cfg.out) / first["folder"] / f"{n:03d}.mp4"
-        tuned = Path(cfg.out) / last["folder"] / f"{n:03d}.mp4"
-        if not (base.exists() and tuned.exists()):
+    folders = [Path(cfg.out) / evaluation["folder"] for evaluation in (base, tuned)]
+    for n in range(first, first + SHOWN):
+        files = [videos / f"{n:03d}.mp4" for videos in folders]
+        if not all(file.exists() for file in files):
             continue
         shown.append(n)
         base_copy, tuned_copy = f"videos/{n:03d}-base.mp4", f"videos/{n:03d}-tuned.mp4"
         (folder / "videos").mkdir(exist_ok=True)
-        shutil.copy(base, folder / base_copy)
-        shutil.copy(tuned, folder / tuned_copy)
-        prompt = " ".join(last["prompts"][n].split())
+        shutil.copy(files[0], folder / base_copy)
+        shutil.copy(files[1], folder / tuned_copy)
+        prompt = " ".join(tuned["prompts"][n - first].split())
         cell = prompt.replace("|", "/")
         table += f"| {cell} | [base]({base_copy}) | [tuned]({tuned_copy}) |\n"
         widget.append({"text": prompt or "-", "output": {"url": tuned_copy}})
     if shown:
-        iio.imwrite(folder / "strip.png", strip(Path(cfg.out), shown))
+        iio.imwrite(folder / "strip.png", strip(*folders, shown))
         text += "\n\n![left: base, right: tuned](strip.png)\n\n| prompt | | |\n|---|---|---|\n"
         text += table.rstrip("\n")
     return f"\n{text}\n", widget
-
-
-def strip(run: Path, numbers=range(SHOWN)):
-    """Videos of a run as a picture, a row each: three frames of the base, three after training.
-
-    (H, W, 3) uint8, the videos at half their size, from the first and the last evaluation.
-    """
-    folders = [row["eval"]["folder"] for row in read_metrics(run) if "eval" in row]
-    lines = []
-    for n in numbers:
-        stills = []
-        for folder in (folders[0], folders[-1]):
-            video = iio.imread(run / folder / f"{n:03d}.mp4", plugin="FFMPEG")  # (F, H, W, 3)
-            stills += list(video[evenly_spaced(3, len(video)), ::2, ::2])
-        lines.append(np.concatenate(stills, axis=1))
-    return np.concatenate(lines)

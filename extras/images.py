@@ -1,11 +1,14 @@
-"""Pictures that videos start from, and flows whose video may start from one."""
+"""Pictures that videos start from, flows whose video may start from one, and videos as a picture."""
 
+from pathlib import Path
+
+import imageio.v3 as iio
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
 import rewards
-from rewards import as_bad_input
+from rewards import as_bad_input, evenly_spaced
 
 
 # ---- Pictures ----------------------------------------------------------------------------------------------
@@ -94,3 +97,18 @@ class FromImage:
         # a flow's time is 1000 sigma, and x = image + sigma f
         to_image = (x[:, :, :1] - image) * 1000 / t
         return torch.cat([to_image, f[:, :, 1:]], dim=2)
+
+
+def strip(base: Path, tuned: Path, numbers):
+    """Videos of two folders as a picture, a row each: three frames of the base, three after training.
+
+    (H, W, 3) uint8, the videos at half their size.
+    """
+    lines = []
+    for n in numbers:
+        stills = []
+        for folder in (base, tuned):
+            video = iio.imread(folder / f"{n:03d}.mp4", plugin="FFMPEG")  # (F, H, W, 3)
+            stills += list(video[evenly_spaced(3, len(video)), ::2, ::2])
+        lines.append(np.concatenate(stills, axis=1))
+    return np.concatenate(lines)

@@ -50,8 +50,9 @@ def add_files(model, folder: Path, cfg=None):
         save_stock(model, folder, cfg)
 
 
-def tell_of_comfyui(folder: Path):
-    """Print which of the LoRA's files ComfyUI takes, where there is one."""
+def tell_of_comfyui(out: Path):
+    """Print which of the LoRA's files in a run's folder ComfyUI takes, where there is one."""
+    folder = out / "best" if (out / "best").exists() else out / "lora"
     file = folder / "comfyui.safetensors"
     if file.exists():
         print(f"ComfyUI takes {file}, and of the others nothing; diffusers and PEFT take the folder")

@@ -57,7 +57,7 @@ def check_prompts(cfg: Config) -> list[Prompt]:
     family, source, _ = vader.find_model(cfg.model)
     prompts = check_prompt_file("--prompts", cfg.prompts, family)
     held_out = []
-    if cfg.mode == "train":
+    if cfg.mode in ("train", "strength"):
         if cfg.eval_prompts:
             check_prompt_file("--eval_prompts", cfg.eval_prompts, family)
         lines = len(prompts)
@@ -69,9 +69,9 @@ def check_prompts(cfg: Config) -> list[Prompt]:
 
 def used_prompts(cfg: Config, prompts: list, held_out: list) -> list[Prompt]:
     """Those that the run draws or evaluates."""
-    if cfg.mode != "train":
+    if cfg.mode in ("sample", "eval"):
         return prompts
-    return vader.drawn_prompts(prompts, cfg) + held_out[: cfg.eval_videos]
+    return vader.drawn_prompts(prompts, cfg) + held_out[: 2 * cfg.eval_videos]
 
 
 def check_prompt_file(flag: str, path: str, family: type[VideoModel]) -> list[Prompt]:
@@ -112,7 +112,7 @@ def tell_of_held_out(cfg: Config, lines: int, prompts: list, held_out: list):
 
 def warn_of_prompts_cut_by_rewards(run: vader.Run, texts: list[str]):
     """A line for each reward whose text encoder does not read some prompts to their end."""
-    for name, (_, reward) in run.terms.items():
+    for name, (_, reward) in [*run.terms.items(), *run.judges.items()]:
         if not hasattr(reward, "text_direction"):
             continue
         limit = text_limit(reward.networks[0])

@@ -34,7 +34,9 @@ def run_settings(cfg, prompts: list) -> dict:
 
 
 def write_settings(cfg, prompts: list):
-    """Write config.json of the run."""
+    """Write config.json of the run, if this is its first process."""
+    if vader.ranks()[0]:
+        return
     settings = run_settings(cfg, prompts)
     vader.write_atomic(Path(cfg.out) / "config.json", json.dumps(settings, indent=1))
 

@@ -9,12 +9,15 @@ from pathlib import Path
 import torch
 
 import vader
+from extras import page, watch
 from extras.holding import hold_folder
 from extras.record import run_settings
 from rewards import as_bad_input, read_json, require
 
 # What may change when a run goes on, and what is the same by another path.
 FREE = "out resume steps eval_every tracker push_to_hub device prompts eval_prompts versions".split()
+FREE += ["stop_when_worse"]
+FREE_IN_STRENGTH = ["mode", "watch", "eval_videos", "eval_batch_size"]
 PATHS = ("model", "lora", "base_lora", "reward_weights", "vlm")
 
 DONE = "videos.jsonl"  # of --mode sample and eval: a row for each batch of videos, with its scores
@@ -56,6 +59,17 @@ def check_folder(cfg, prompts: list):
     """
     out = Path(cfg.out)
     names = {path.name for path in out.glob("[!.]*")}
+    if cfg.mode == "strength":
+        advice = "give the command that made the run, with --mode strength"
+        is_run = names >= {"config.json", "metrics.jsonl", "lora", "samples"}
+        require(is_run, f"{out} holds no run with evaluations: {advice}")
+        check_settings(out, run_settings(cfg, prompts), FREE + FREE_IN_STRENGTH)
+        check_metrics(out)
+        rows = watch.evaluations_of(cfg)
+        has_base = rows and rows[0]["step"] == 0
+        require(has_base, f"{out}/metrics.jsonl has no evaluation of the base: {advice}, elsewhere")
+        page.read_strength(out)
+        return
     if not names:
         if cfg.resume:
             print(f"{out} is empty: there is nothing to go on with, so all is done from the start")
@@ -73,6 +87,7 @@ def check_folder(cfg, prompts: list):
     checkpoint = out / "checkpoint" / "state.pt"
     if updates < 2 and not checkpoint.exists() and (cfg.resume or "lora" not in names):
         return  # A kill in the first update: at most its LoRA is written, and nothing is lost.
+    page.read_strength(out)
     require(cfg.resume, f"{out} holds a run: add --resume to go on with it, or give another --out")
     check_settings(out, run_settings(cfg, prompts))
     check_checkpoint(checkpoint, cfg, updates)
@@ -93,7 +108,7 @@ def check_metrics(out: Path) -> int:
                 lost.append(folder.name)
             if "reward" in evaluation:
                 zeros = [0.0] * len(evaluation["prompts"])
-                vader.paired_gain(evaluation["reward"], zeros)  # raises unless there is a number for each
+                watch.paired_gain(evaluation["reward"], zeros)  # raises unless there is a number for each
     if lost:
         print(f"the page has no videos of {', '.join(lost)}: they are gone")
     return updates
@@ -113,13 +128,13 @@ def read_done(out: Path) -> dict:
     return done
 
 
-def check_settings(out: Path, settings: dict):
-    """Refuse settings that are not those of config.json, but for what is FREE."""
+def check_settings(out: Path, settings: dict, free=FREE):
+    """Refuse settings that are not those of config.json, but for what is free."""
     before = read_json(out / "config.json")
     settings = json.loads(json.dumps(settings, default=str))
     for name, value in settings.items():
         old = before.get(name)
-        if name in FREE or old == value or (name in PATHS and is_same_path(old, value)):
+        if name in free or old == value or (name in PATHS and is_same_path(old, value)):
             continue
         if name == "prompts_used":
             started = "with other prompts"
@@ -158,12 +173,12 @@ def check_checkpoint(path: Path, cfg, updates: int):
 
 # ---- What is read ------------------------------------------------------------------------------------------
 def restore_checkpoint(run, optimizer) -> tuple[int, int]:
-    """Go on with the checkpoint of --out, where there is one -> updates made, and skipped of these.
+    """With --resume, go on with the checkpoint of --out -> updates made, and skipped of these.
 
     Rows of metrics.jsonl after it are cut off: they are made again.
     """
     path = Path(run.cfg.out) / "checkpoint" / "state.pt"
-    if not path.exists():
+    if not (run.cfg.resume and path.exists()):
         return 0, 0
     parameters = vader.lora_parameters(run.model)
     with as_bad_input(f"{path} is damaged: give another --out"):

@@ -48,8 +48,8 @@ def read_id(cfg) -> str | None:
 
 # ---- Before anything loads ---------------------------------------------------------------------------------
 def check_tracker(cfg):
-    """Can cfg.tracker, which is installed, begin a run? Raises BadInput, and never asks for a password."""
-    if cfg.mode != "train":
+    """Can cfg.tracker, none or installed, begin a run? Raises BadInput, and never asks for a password."""
+    if cfg.mode != "train" or cfg.tracker == "none":
         return
     library = {"tensorboard": "torch.utils.tensorboard"}.get(cfg.tracker, cfg.tracker)
     try:

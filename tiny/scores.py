@@ -50,6 +50,7 @@ from transformers import YolosForObjectDetection
 from world import FRAMES, MOTIONS, OBJECTS, SIZE, UNSEEN, caption, draw, pick, save_picture
 
 import vader
+from extras import watch
 from rewards import IMAGENET_MEAN, IMAGENET_STD, make_ask, make_terms, preprocess, weighted_rewards
 
 
@@ -242,7 +243,7 @@ def measure_few(out: Path, samples: int, seed: int):
         print(right_answers(detector, torch.cat(videos), combinations))
         found[name] = values
         for term in ("hps", "clip"):
-            print(f"  {term}: {vader.summary(found['ten guided'][term], values[term])}")
+            print(f"  {term}: {watch.summary(found['ten guided'][term], values[term])}")
 
 
 def load_run(cfg, folder: Path, prompts):
@@ -254,6 +255,6 @@ def load_run(cfg, folder: Path, prompts):
 
 def sampled(model: str, folder: Path, prompts):
     """A video per prompt by vader.py's own sampling, as the preset says: (n, F, 3, 64, 64)."""
-    run = load_run(vader.resolve(vader.Config(model=model, reward="colorful")), folder, prompts)
+    run = load_run(vader.resolve(vader.Config(model=model, reward="colorful", watch="none")), folder, prompts)
     parts = [vader.make_videos(run, prompts[i : i + 8], i) for i in trange(0, len(prompts), 8, desc=model)]
     return torch.cat(parts)

@@ -68,7 +68,7 @@ def train_few(out: Path, videos: int, updates: int, batch: int, ranks: tuple[int
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed + 40)
-    cfg = vader.resolve(vader.Config(model="tiny", device="cpu", num_inference_steps=STEPS))
+    cfg = vader.resolve(vader.Config(model="tiny", device="cpu", watch="none", num_inference_steps=STEPS))
     model = vader.TextToVideoUNet(str(out / "t2v"), "cpu", torch.float32)
     prompts = [vader.Prompt(caption(c)) for c in SEEN] + [vader.Prompt("")]
     states = torch.stack([row["encoder_hidden_states"] for row in model.encode(prompts, cfg).values()])
