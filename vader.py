@@ -87,9 +87,7 @@ class Config:
     reward: str = arg("aesthetic", 'a reward of rewards.py or a weighted sum, "aesthetic + 0.5*colorful"')
     prompts: str = arg("prompts.txt", "a text file, a prompt a line (not # lines), or .jsonl with images")
     model: str = arg("auto", "a short name, hub id or folder; auto: modelscope on a CUDA GPU, else tiny-few")
-    mode: Literal["train", "sample", "eval", "strength"] = arg(
-        "train", "sample: make videos; eval: score them"
-    )
+    mode: Literal["train", "sample", "eval", "strength"] = arg("train", "or make videos, score, choose best/")
     lora: str | None = arg(None, "folder, file or hub id of a LoRA: to sample, score, or start training from")
     lora_scale: float = arg(1.0, "strength of --lora in sample and eval")
     base_lora: str | None = arg(None, "LoRA that is fused into the base, for few steps or a style")
@@ -134,12 +132,8 @@ class Config:
     eval_every: int | None = arg(None, "updates between evaluations; one more at the start, and at the end")
     eval_videos: int | None = arg(None, "videos per evaluation in training, each time the same; 0: none")
     eval_batch_size: int | None = arg(None, "videos made at once in evaluations; default --batch_size")
-    watch: str = arg(
-        "auto", 'judges, scored and not trained on, "clip + hps"; auto: clip, or aesthetic; none'
-    )
-    stop_when_worse: int | None = arg(
-        None, "evaluations in a row in which a judge finds videos worse; then stop"
-    )
+    watch: str = arg("auto", 'judges: scored, not trained on, "clip + hps"; auto: mostly clip; none')
+    stop_when_worse: int | None = arg(None, "end when a judge has fallen in so many evaluations in a row")
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = arg("none", "where to log as well")
     push_to_hub: str | None = arg(None, "owner/name: where the LoRA goes at the end; public if it is new")
     device: str = arg("auto", "cpu, cuda, cuda:1, mps; auto is cuda where there is one")
@@ -684,10 +678,9 @@ def write_video(path: Path, video, fps: float):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(".tmp-vader-" + path.name)
     source = f"-v error -y -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
-    target = (
-        f"-vf scale=iw*{zoom}:ih*{zoom}:flags=neighbor -c:v libx264 -preset ultrafast -crf 5 -pix_fmt yuv420p"
-    )
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *source.split(), *target.split(), temporary]
+    scale = f"-vf scale=iw*{zoom}:ih*{zoom}:flags=neighbor -pix_fmt yuv420p"
+    codec = "-c:v libx264 -preset ultrafast -crf 5"
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *source.split(), *scale.split(), *codec.split(), temporary]
     ffmpeg = subprocess.run(command, input=pixels.tobytes(), capture_output=True)
     problem = ffmpeg.stderr.decode(errors="replace")
     require(ffmpeg.returncode == 0, f"can't write {path}: is the disk full? ffmpeg says: {problem}")
