@@ -35,7 +35,9 @@ PUBLISHED = [name for names in vader.FAMILIES.values() for name in names if (mem
 SAME = ("zeroscope", "cogvideox")
 FAMILIES = [(name, "bf16") for name in PUBLISHED if name not in SAME]
 FAMILIES += [("modelscope", "fp16")]
-REWARDS = [*rewards.REWARDS]
+# not those that are formulas, but for one, nor the network of clip twice
+FORMULAS = ("smooth", "dynamic", "compressible")
+REWARDS = [name for name in rewards.REWARDS if name not in (*FORMULAS, "pickscore")]
 # kernels of a GPU that take no mix of dtypes; fake ones do, and those of a CPU in part
 ONE_DTYPE = {"addmm", "baddbmm", "bmm", "convolution", "mm", "native_group_norm", "native_layer_norm"}
 
