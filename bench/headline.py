@@ -9,12 +9,12 @@ tiny/ (colour, object, motion, place as told). Writes bench/headline.csv: means,
 """
 
 import argparse
-import csv
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import efficiency
 import gold
 import numpy as np
 import torch
@@ -75,10 +75,7 @@ def main():
                 row[name] = f"{np.mean(base[name]):.3f} -> {np.mean(values):.3f} (t {t:+.1f})"
             rows.append(row)
             print(row, flush=True)
-    with open(HERE / "headline.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+    efficiency.merge(HERE / "headline.csv", rows, ("seed", "LoRA"))
 
 
 if __name__ == "__main__":
