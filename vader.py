@@ -14,7 +14,7 @@ cut at frames, latents and steps: one piece is alive at a time, and peak memory 
     B, C, F, H, W   batch, channels, latent frames, height, width            N  frames (decoded)
 
 Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. Two folders can
-be deleted: models/ (more models) and extras/ (the code of most flags, and the checks of all input).
+be deleted: models/ (more models) and extras/ (the code of most flags, checks of input, judges and best/).
 """
 
 import contextlib
@@ -49,7 +49,8 @@ def stop(*_):
 
 if SCRIPT:  # before the imports, which take seconds
     signal.signal(signal.SIGINT, stop)
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # these speak of torchao, where it is installed
+    # or each command begins with lines of diffusers and PyTorch on torchao, where that is installed
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     logging.getLogger("torch.utils._pytree").setLevel("ERROR")
 
 import diffusers
@@ -637,13 +638,13 @@ def train(cfg: Config, reward=None) -> list[dict]:
         print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
 
         while True:
-            stop = step == cfg.steps
-            if stop or step % cfg.eval_every == 0:
+            over = step == cfg.steps
+            if over or step % cfg.eval_every == 0:
                 if rank == 0:
                     evaluate_once(run, eval_prompts[: cfg.eval_videos], step)
                 if cfg.stop_when_worse:
-                    stop = stop or watch.worse_for_long(cfg)
-            if stop:
+                    over = over or watch.worse_for_long(cfg)
+            if over:
                 break
             row = update(run, prompts, step, optimizer)
             step += 1
