@@ -271,7 +271,8 @@ def ddim(alphas, steps, eta, spacing, offset, one, kind):
         p, q = np.sqrt(A), np.sqrt(1 - A)
         # the predicted clean latents and noise, as coefficients of x and f
         clean, noise = ((p, -q), (q, p)) if kind == "v_prediction" else ((1 / p, -q / p), (0, 1))
-        rows.append([*(np.sqrt(B) * np.array(clean) + np.sqrt(1 - B - s**2) * np.array(noise)), s])
+        rest = np.sqrt(np.clip(1 - B - s**2, 0, None))
+        rows.append([*(np.sqrt(B) * np.array(clean) + rest * np.array(noise)), s])
     return times.tolist(), np.array(rows)
 
 
@@ -298,6 +299,15 @@ def test_tables_equal_the_formula_and_diffusers_at_every_step(spacing, kind, eta
             theirs = stock.step(f, t, x, eta=eta, variance_noise=noise if eta else None).prev_sample
             ours = schedule.a[i] * x + schedule.b[i] * f + schedule.s[i] * noise
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-5)
+
+
+def test_tables_of_ancestral_sampling_from_pure_noise():
+    """With eta = 1 and no signal in the first step, 1 - A' - s^2 is 0 there."""
+    alphas = diffusers.DDIMScheduler.from_pretrained(TINY, subfolder="scheduler").alphas_cumprod.double()
+    cfg = Config(num_inference_steps=25, eta=1.0)
+    schedule = vader.TextToVideoUNet(str(TINY), "cpu", torch.float32).schedule(cfg)
+    _, rows = ddim(alphas.numpy(), 25, 1.0, "trailing", 0, True, "v_prediction")
+    np.testing.assert_allclose(np.transpose([schedule.a, schedule.b, schedule.s]), rows, atol=3e-6)
 
 
 def test_trailing_spacing_has_the_leverage_that_leading_lacks():

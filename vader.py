@@ -239,7 +239,8 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
     # Each channel is a probe: x alone, f alone, noise alone; the last is large, where clipping would show.
     x, f, noise = torch.zeros(3, 1, 4, 1, 1, dtype=torch.float64)
     x[0, 0] = f[0, 1] = noise[0, 2] = 1
-    kwargs = dict(eta=eta, variance_noise=noise) if eta else {}
+    # at 1, a root that the scheduler takes would be of 0, or by rounding of less
+    kwargs = dict(eta=min(eta, 1 - 1e-12), variance_noise=noise) if eta else {}
     rescale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     rows = []
     for i, t in enumerate(scheduler.timesteps):

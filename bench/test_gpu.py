@@ -159,9 +159,11 @@ def check_values(values):
 
 
 def walk(folder, model="modelscope", dtype="bf16", image=None, own=None, **settings):
-    """A micro-batch and an evaluation of two videos, with a published preset but one step and few frames."""
+    """A micro-batch and an evaluation of two videos, with a published preset but one step (`ltx`: two) and few frames."""
     family, *_ = vader.find_model(model)
     few = dict(batch_size=2, num_inference_steps=1, num_frames=family.frame_multiple + 1)
+    if model == "ltx":
+        few["num_inference_steps"] = 2  # the fewest that its schedule has
     files = dict(reward_weights=str(memory.CONFIGS / "rewards"), out=str(folder / "run"), watch="none")
     cfg, prompts = memory.resolve(vader.Config(model=model, **few | files | settings))
     cfg.device, cfg.dtype = "cuda", dtype  # not before: without a GPU neither passes
