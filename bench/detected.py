@@ -15,14 +15,11 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tiny")]
-from train_ask import sky_blueness  # noqa: E402 (needs the line above)
-from train_detector import load_detector  # noqa: E402
-from world import COMBINATIONS, caption  # noqa: E402
+import judges  # noqa: E402 (needs the line above)
+from train_ask import sky_blueness  # noqa: E402
 
 import vader  # noqa: E402
 from extras import watch  # noqa: E402
-
-WORDS = ("colour", "object", "motion", "place")
 
 
 def videos_of(folder: Path, n: int):
@@ -35,15 +32,12 @@ def videos_of(folder: Path, n: int):
 @torch.no_grad()
 def seen(run: Path, row: dict) -> dict[str, np.ndarray]:
     """For each video of an evaluation: is each word as told? and the blueness of its sky."""
-    found, known = row["eval"], {caption(c): c for c in COMBINATIONS}
+    found = row["eval"]
     videos = videos_of(run / found["folder"], len(found["prompts"]))
-    told = np.array([known[prompt] for prompt in found["prompts"]])
-    right = {
-        word: (logits.argmax(1).numpy() == told[:, k]).astype(float)
-        for k, (word, logits) in enumerate(
-            zip(WORDS, load_detector(HERE.parent / "tiny")(videos), strict=True)
-        )
-    }
+    _, detector = judges.load()
+    right = {}
+    for word, values in judges.detected(detector, videos, found["prompts"]).items():
+        right[word] = values.numpy()
     return right | {"sky's blueness": sky_blueness(videos).numpy()}
 
 

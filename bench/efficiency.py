@@ -1,163 +1,44 @@
 """Reward on held-out prompts against reward queries and seconds: VADER, our best setting, DDPO, DPO.
 
-    python bench/efficiency.py                        # every run, about 3 1/2 hours of a core
+    python bench/efficiency.py                        # every run, about 4 hours of a core
     python bench/efficiency.py --rewards hps          # only these rewards' runs (--methods, --seeds likewise)
     python bench/efficiency.py --sweep                # learning rate x batch: sweep.csv, 35 minutes of a core
 
 On the tiny text-to-video model, 5 sampling steps for all but `ten`, its own guided steps, and `few`, four
 from tiny/few, which are compared with each other. A query is one video scored. Seconds are the processor's in
 the updates (evaluations left out), on the one thread that a run uses: start several commands to use more
-cores, and compare only what one machine made. Each run keeps its rows and a checkpoint in runs/efficiency/
-and goes on from there; the CSV keeps the rows of runs that are gone.
+cores, and compare only what one machine made. The runs and their evaluation are those of bench/methods.py;
+the CSV keeps the rows of runs that are gone.
 VADER's image rewards see one frame of each video; DDPO and DPO, which pay no gradient, see all, which makes
-their reward less noisy. Evaluation is the same for all: DDIM without noise, all frames of 32 videos of
-held-out prompts, the same noise.
+their reward less noisy. efficiency_gold.csv: what the judges see; reached_gold.csv: where each is best.
 """
 
 import argparse
-import csv
 import dataclasses
-import functools
-import io
 import itertools
-import json
 import math
 import sys
-import time
 from pathlib import Path
 
-import ddpo
-import dpo
 import imageio.v3 as iio
+import judges
 import matplotlib
+import methods
 import numpy as np
+import tables
 import torch
+from methods import METHODS, train
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import vader  # noqa: E402 (needs the line above)
-from extras import watch  # noqa: E402
+from extras import watch  # noqa: E402 (needs the line above)
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 (needs the line above)
 
-RUNS = HERE.parent / "runs" / "efficiency"
-REWARDS, SEEDS, VIDEOS = ("aesthetic", "hps", "action"), (0, 1, 2), 32
-STEPS, MARKS = 5, (0.25, 0.5, 1)  # of sampling; shares of the queries after which to evaluate
+REWARDS, SEEDS = ("aesthetic", "hps", "action"), (0, 1, 2)
 # the evaluations in frames.png
-SHOWN = "aesthetic-5-trailing", "vader-aesthetic-1/0020", "vader-aesthetic-1/0080", "ddpo-aesthetic-1/0200"
-# settings of vader.Config; learning rate and batch are the best of sweep.csv, those of BEST are VADER's
-SWEPT, DPO = dict(lr=3e-3, batch_size=2), dict(lr=3e-3, batch_size=4)
-DDPO = DPO | dict(eta=1.0, grad_accum=2)
-BEST = SWEPT | dict(backprop_steps=3, grad_steps="last", detach_uncond=True)
-TEN = SWEPT | dict(num_inference_steps=10)
-LOW = dict(lr=1e-3)  # the default of tiny
-FEW = SWEPT | dict(num_inference_steps=4, guidance_scale=1.0, base_lora=str(HERE.parent / "tiny" / "few"))
-
-
-def vader_update(run, prompts, step, optimizer) -> dict:
-    """`vader.update` with the arguments and the row of the baselines' `update`."""
-    row = vader.update(run, prompts, step, optimizer)
-    return {"reward": row["reward"], "queries": run.cfg.batch_size * run.cfg.grad_accum}
-
-
-@dataclasses.dataclass
-class Method:
-    """update(run, prompts, step, optimizer) -> {"reward", "queries"}; settings: of vader.Config.
-
-    queries: how many one run may use; rates x batches: learning rates and settings that `--sweep` tries.
-    goal: the method whose end is to be reached.
-    """
-
-    label: str
-    update: object
-    settings: dict
-    queries: int
-    rates: tuple = ()
-    batches: tuple = ()
-    goal: str = "vader"
-
-
-RATES, TWO_OR_FOUR = (1e-3, 3e-3), ({"batch_size": 2}, {"batch_size": 4})
-FOUR_OR_EIGHT = {"batch_size": 4}, {"batch_size": 8}
-METHODS = {
-    "vader": Method("VADER, K = 1", vader_update, SWEPT, 80, RATES, TWO_OR_FOUR),
-    "best": Method("ours", vader_update, BEST, 80, RATES, TWO_OR_FOUR),
-    "ddpo": Method("DDPO", functools.partial(ddpo.update, epochs=2), DDPO, 200, RATES, FOUR_OR_EIGHT),
-    "dpo": Method("DPO", functools.partial(dpo.update, draws=4), DPO, 200, RATES, FOUR_OR_EIGHT),
-    "ten": Method("ten guided steps, 3e-3", vader_update, TEN, 80, RATES, TWO_OR_FOUR, "ten"),
-    "few": Method("tiny/few, 3e-3", vader_update, FEW, 120, RATES, TWO_OR_FOUR, "ten"),
-    "ten-low": Method("ten guided steps, 1e-3", vader_update, TEN | LOW, 80, goal="ten-low"),
-    "few-low": Method("tiny/few, 1e-3", vader_update, FEW | LOW, 120, goal="ten-low"),
-}
-
-
-def open_run(settings: dict, reward: str, seed: int):
-    """A vader.Run with these settings, its optimiser, prompts to train on, held-out ones, and the judge."""
-    common = dict(model="tiny", prompts=str(HERE.parent / "prompts.txt"), num_inference_steps=STEPS)
-    cfg = vader.Config(reward=reward, seed=seed, watch="none", **common | settings)
-    cfg = vader.resolve(cfg)
-    prompts, held_out = vader.split_prompts(cfg)
-    run = vader.load_run(cfg, prompts + held_out)
-    optimizer = vader.make_optimizer(run)
-    # everybody is judged by the same deterministic sampler and the same noise
-    quiet = dataclasses.replace(cfg, eta=0.0, seed=0, batch_size=4, out=str(RUNS))
-    judge = dataclasses.replace(run, cfg=quiet, schedule=run.model.schedule(quiet))
-    return run, optimizer, prompts, [held_out[n % len(held_out)] for n in range(VIDEOS)], judge
-
-
-def base_values(judge, held_out: list[vader.Prompt], reward: str) -> list[float]:
-    """The rewards before any update: a new LoRA changes nothing, so they are the same for all runs."""
-    file = RUNS / f"{reward}-{judge.cfg.num_inference_steps}-{judge.cfg.timestep_spacing}.json"
-    if not file.exists():
-        vader.write_atomic(file, json.dumps(vader.evaluate(judge, held_out, file.stem)["reward"]))
-    return json.loads(file.read_text())
-
-
-def train(name: str, method: Method, reward: str, seed: int, marks=MARKS, seconds_limit=math.inf):
-    """One run up to its queries or seconds; goes on from its last evaluation.
-
-    marks: shares of the queries after which to evaluate; so it does before the first update and at the end.
-    Returns a row per evaluation: {"queries", "seconds", "step", "mean", "values": of every video}.
-    """
-    out = RUNS / name
-    rows, queries, seconds, step = [], 0, 0.0, 0
-    file, state_file = out / "rows.json", out / "state.pt"
-    if file.exists():
-        rows = json.loads(file.read_text())
-        queries, seconds, step = (rows[-1][key] for key in ("queries", "seconds", "step"))
-
-    def over():
-        return queries >= method.queries or seconds >= seconds_limit
-
-    if over():
-        return rows
-    run, optimizer, prompts, held_out, judge = open_run(method.settings, reward, seed)
-    weights = vader.lora_parameters(run.model)
-    if rows:
-        state = torch.load(state_file, weights_only=True)
-        run.model.denoiser.load_state_dict(state["lora"], strict=False)
-        optimizer.load_state_dict(state["optimizer"])
-    while True:
-        passed = [queries >= mark * method.queries for mark in marks]
-        if not rows or sum(passed) >= len(rows) or over():
-            if rows:
-                values = vader.evaluate(judge, held_out, f"{name}/{queries:04d}")["reward"]
-            else:
-                values = base_values(judge, held_out, reward)
-            row = {"queries": queries, "seconds": round(seconds, 1), "step": step}
-            rows.append(row | {"mean": float(np.mean(values)), "values": values})
-            state = {"lora": {n: p.detach() for n, p in weights.items()}, "optimizer": optimizer.state_dict()}
-            torch.save(state, content := io.BytesIO())
-            vader.write_atomic(state_file, content.getvalue())
-            vader.write_atomic(file, json.dumps(rows))
-            print(f"{name}: {queries} queries, {seconds:.0f} s, {rows[-1]['mean']:.3f}", flush=True)
-        if over():
-            return rows
-        start = time.process_time()
-        row = method.update(run, prompts, step, optimizer)
-        queries, step = queries + row["queries"], step + 1
-        seconds += time.process_time() - start
+SHOWN = "aesthetic-5-trailing-32", "vader-aesthetic-1/0020", "vader-aesthetic-1/0080", "ddpo-aesthetic-1/0200"
 
 
 def table_rows(name: tuple, rows: list[dict]) -> list[dict]:
@@ -171,20 +52,15 @@ def table_rows(name: tuple, rows: list[dict]) -> list[dict]:
     return found
 
 
-def merge(file: Path, found: list[dict], keys: tuple) -> list[dict]:
-    """Write a CSV of these rows and of the runs (told by `keys`) that it held and are not among them."""
-    stored = []
-    if file.exists():
-        with open(file, newline="") as old:
-            stored = list(csv.DictReader(old))
-    made = {tuple(str(row[key]) for key in keys) for row in found}
-    rows = [row for row in stored if tuple(row[key] for key in keys) not in made] + found
-    rows.sort(key=lambda row: [str(row[key]) for key in keys] + [int(row.get("queries", 0))])
-    with open(file, "w", newline="") as new:
-        table = csv.DictWriter(new, rows[0])
-        table.writeheader()
-        table.writerows(rows)
-    return rows
+def gold_rows(name: tuple, rows: list[dict]) -> list[dict]:
+    """Rows of efficiency_gold.csv of one run that was judged; name: (method, reward, seed)."""
+    head = dict(zip(("method", "reward", "seed"), name, strict=True))
+    found = []
+    for row in rows:
+        if row["judged"]:
+            place = {key: row[key] for key in ("queries", "seconds")}
+            found.append(head | place | tables.figures_of(rows[0]["judged"], row["judged"]))
+    return found
 
 
 def curves(rows: list[dict], key: str, reward: str, axis: str):
@@ -226,6 +102,56 @@ def summary(rows: list[dict]) -> list[dict]:
     return found
 
 
+def gold_lines(rows: list[dict]) -> dict:
+    """{(reward, method): its evaluations over the seeds} of efficiency_gold.csv, in order.
+
+    An evaluation: {"queries", "seconds", "seeds", "words": gains in words, and (gain, error) of each judge}.
+    """
+    points = {}
+    for row in rows:
+        key = row["reward"], row["method"], int(row["queries"])
+        points.setdefault(key, []).append(row)
+    found = {}
+    for (reward, method, queries), group in sorted(points.items()):
+        seconds = np.mean([float(row["seconds"]) for row in group])
+        line = {"queries": queries, "seconds": seconds, "seeds": len(group)}
+        for name in (reward, "as told"):
+            line[name] = tables.pooled(group, name)
+        line["words"] = tables.gains_in_words(group)
+        found.setdefault((reward, method), []).append(line)
+    return found
+
+
+def gold_summary(rows: list[dict]) -> list[dict]:
+    """A row per reward and method: what is as told where DDPO's best reward is reached, and at its best.
+
+    The base, which is at no cost, is no evaluation. Gains over the seeds, with standard errors.
+    """
+    lines, found = gold_lines(rows), []
+    for (reward, key), (_, *line) in lines.items():
+        row = {"reward": reward, "method": METHODS[key].label, "seeds": line[0]["seeds"]}
+        goal = max(point[reward][0] for point in lines[reward, "ddpo"][1:])
+        there = [point for point in line if point[reward][0] >= goal][:1]
+        best = max(line, key=lambda point: point["as told"][0])
+        for name, points in (("DDPO's best", there), ("best gold", [best])):
+            row |= {name: "-", f"{name}: reward": "-", f"{name}: as told": "-"}
+            for point in points:
+                row[name] = f"{point['queries']} in {point['seconds']:.0f} s"
+                row[f"{name}: reward"] = point["words"][reward]
+                row[f"{name}: as told"] = point["words"]["as told"]
+        found.append(row)
+    return found
+
+
+def gold_panels(rows: list[dict]) -> dict:
+    """For tables.figure: a line for each method, from the base through its evaluations."""
+    found = {}
+    for (reward, key), line in gold_lines(rows).items():
+        points = [(point[reward][0], point["as told"][0]) for point in line]
+        found.setdefault(reward, {})[METHODS[key].label] = points, []
+    return found
+
+
 def figure(rows: list[dict], file: Path):
     """Held-out reward against queries (top) and seconds (bottom), a column per reward; bands: all seeds."""
     rewards = [name for name in REWARDS if any(row["reward"] == name for row in rows)]
@@ -255,7 +181,7 @@ def stills(names: tuple[str, ...], file: Path):
     """A row per evaluation (folders in RUNS): the middle frames of its first eight videos, at half size."""
     rows = []
     for name in names:
-        films = [iio.imread(RUNS / name / f"{n:03d}.mp4", plugin="FFMPEG") for n in range(8)]
+        films = [iio.imread(methods.RUNS / name / f"{n:03d}.mp4", plugin="FFMPEG") for n in range(8)]
         rows.append(np.concatenate([film[len(film) // 2, ::2, ::2] for film in films], axis=1))
     iio.imwrite(file, np.concatenate(rows))
 
@@ -272,7 +198,7 @@ def sweep(methods: list[str]):
             rows = train(name, trial, "aesthetic", 100, seconds_limit=100)
             last = table_rows((key, "aesthetic", 100), rows)[-1]
             found.append({"lr": f"{lr:g}", "videos at once": batch["batch_size"]} | last)
-    for row in merge(HERE / "sweep.csv", found, ("method", "lr", "videos at once")):
+    for row in tables.merge(HERE / "sweep.csv", found, ("method", "lr", "videos at once")):
         print(row)
 
 
@@ -286,14 +212,22 @@ def main():
     torch.set_num_threads(1)
     if args.sweep:
         return sweep(args.methods)
-    found = []
-    for seed, reward, method in itertools.product(args.seeds, args.rewards, args.methods):
-        name = method, reward, seed
-        found += table_rows(name, train("-".join(map(str, name)), METHODS[method], reward, seed))
-        rows = merge(HERE / "efficiency.csv", found, ("method", "reward", "seed"))
+    found, judged, keys = [], [], ("method", "reward", "seed")
+    for seed, reward, key in itertools.product(args.seeds, args.rewards, args.methods):
+        name, method = (key, reward, seed), METHODS[key]
+        gold = method.goal == "vader" and reward in judges.REWARDS
+        run = train("-".join(map(str, name)), method, reward, seed, gold=gold)
+        found += table_rows(name, run)
+        judged += gold_rows(name, run)
+        rows = tables.merge(HERE / "efficiency.csv", found, keys)
+        if judged:
+            tables.merge(HERE / "efficiency_gold.csv", judged, keys)
     figure(rows, HERE / "efficiency.png")
-    merge(HERE / "reached.csv", summary(rows), ("reward", "method"))
-    if all((RUNS / name).is_dir() for name in SHOWN):
+    tables.merge(HERE / "reached.csv", summary(rows), ("reward", "method"))
+    judged = tables.merge(HERE / "efficiency_gold.csv", judged, keys)
+    tables.merge(HERE / "reached_gold.csv", gold_summary(judged), ("reward", "method"))
+    tables.figure(gold_panels(judged), HERE / "efficiency_gold.png", "base, then each evaluation")
+    if all((methods.RUNS / name).is_dir() for name in SHOWN):
         stills(SHOWN, HERE / "frames.png")
 
 

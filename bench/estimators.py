@@ -5,7 +5,8 @@
 
 Writes bench/estimators.csv: updates made in the time, the gain in held-out reward with its paired standard
 error, and what became of motion (`dynamic`) and of the diversity of one prompt's samples (`diversity` of
-bench/generalise.py), as a share of the base model's. Tiny model, 5 steps, learning rate and batch the same.
+bench/generalise.py), as a share of the base model's; the change of what the judges of bench/judges.py see of
+unseen prompts. Tiny model, 5 steps, learning rate and batch the same.
 """
 
 import argparse
@@ -16,8 +17,9 @@ import sys
 from pathlib import Path
 
 import diffusers
-import efficiency
 import generalise
+import methods
+import tables
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -77,12 +79,12 @@ COMMON = dict(lr=1e-3, batch_size=2)
 LAST = dict(backprop_steps=3, grad_steps="last")
 SPREAD = dict(backprop_steps=3, grad_steps="spread", coupling=0.0)
 WAYS = {
-    "last step (VADER)": (efficiency.vader_update, {}),
-    "last step, without unconditional branch": (efficiency.vader_update, {"detach_uncond": True}),
-    "last step, leading spacing": (efficiency.vader_update, {"timestep_spacing": "leading"}),
-    "last 3, exact (DRaFT-K)": (efficiency.vader_update, LAST),
-    "last 3, coupling 0.3 (LeapAlign)": (efficiency.vader_update, LAST | {"coupling": 0.3}),
-    "3 spread, detached (DRTune)": (efficiency.vader_update, SPREAD),
+    "last step (VADER)": (methods.vader_update, {}),
+    "last step, without unconditional branch": (methods.vader_update, {"detach_uncond": True}),
+    "last step, leading spacing": (methods.vader_update, {"timestep_spacing": "leading"}),
+    "last 3, exact (DRaFT-K)": (methods.vader_update, LAST),
+    "last 3, coupling 0.3 (LeapAlign)": (methods.vader_update, LAST | {"coupling": 0.3}),
+    "3 spread, detached (DRTune)": (methods.vader_update, SPREAD),
     "last step, redrawn 4 times (DRaFT-LV)": (redraw_update, {}),
 }
 
@@ -92,7 +94,7 @@ def looks(settings: dict, lora: dict | None, samples: int) -> tuple[float, float
     key = settings.get("timestep_spacing", "trailing"), samples
     if lora is None and key in BASE:
         return BASE[key]
-    run, _, _, held_out, judge = efficiency.open_run(settings, "dynamic", 0)
+    run, _, _, held_out, judge = methods.open_run(settings, "dynamic", 0)
     texts = [prompt.text for prompt in held_out]
     with generalise.with_lora(run.model, lora) if lora else contextlib.nullcontext():
         motion = generalise.judge(judge, texts)["dynamic"].mean()
@@ -102,20 +104,23 @@ def looks(settings: dict, lora: dict | None, samples: int) -> tuple[float, float
     return found
 
 
-def measure(way: str, reward: str, seed: int, seconds=SECONDS, samples=64) -> dict:
-    """One row: a run of that many seconds, and what its LoRA does."""
+def measure(way: str, reward: str, seed: int, seconds=SECONDS, samples=64, gold=True) -> dict:
+    """One row: a run of that many seconds, and what its LoRA does. gold: is it judged on unseen prompts?"""
     update, settings = WAYS[way]
     settings = COMMON | settings
-    method = efficiency.Method(way, update, settings, 10**9)
+    method = methods.Method(way, update, settings, 10**9)
     name = "estimator-" + "-".join(word for word in (*way.replace(",", "").split(), reward, str(seed)))
-    rows = efficiency.train(name, method, reward, seed, seconds_limit=seconds)
+    rows = methods.train(name, method, reward, seed, seconds_limit=seconds, gold=gold)
     base_motion, base_spread = looks(settings, None, samples)
-    state = torch.load(efficiency.RUNS / name / "state.pt", weights_only=True)
+    state = torch.load(methods.RUNS / name / "state.pt", weights_only=True)
     motion, spread = looks(settings, state["lora"], samples)
     gain, error = watch.paired_gain(rows[0]["values"], rows[-1]["values"])
     row = {"way": way, "reward": reward, "seed": seed, "updates": rows[-1]["step"]}
     row |= {"gain": f"{gain:.3f}", "error": f"{error:.3f}", "motion": f"{motion / base_motion:.2f}"}
-    return row | {"diversity": f"{spread / base_spread:.2f}"}
+    row["diversity"] = f"{spread / base_spread:.2f}"
+    if gold:
+        row |= tables.gains_in_words([tables.figures_of(rows[0]["judged"], rows[-1]["judged"])])
+    return row
 
 
 def main():
@@ -128,7 +133,7 @@ def main():
     for seed, reward, way in itertools.product(args.seeds, args.rewards, WAYS):
         found.append(measure(way, reward, seed))
         print(found[-1], flush=True)
-        efficiency.merge(HERE / "estimators.csv", found, ("reward", "way", "seed"))
+        tables.merge(HERE / "estimators.csv", found, ("reward", "way", "seed"))
 
 
 if __name__ == "__main__":

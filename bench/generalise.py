@@ -22,8 +22,9 @@ import re
 import sys
 from pathlib import Path
 
-import efficiency
+import methods
 import numpy as np
+import tables
 import torch
 
 HERE = Path(__file__).resolve().parent
@@ -35,7 +36,7 @@ from rewards import IMAGENET_MEAN, IMAGENET_STD, evenly_spaced, make_terms, prep
 RUNS = HERE.parent / "runs" / "generalise"
 HELD_OUT = ("purple", "kite")
 SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
-COMMON = dict(model="tiny", num_inference_steps=efficiency.STEPS)
+COMMON = dict(model="tiny", num_inference_steps=methods.STEPS)
 # what hps and action ask for is decided in the early steps, so they train too
 EARLY = dict(backprop_steps=3, grad_steps="spread", coupling=0.0, batch_size=4, lr=2e-3, steps=80)
 SETTINGS = {
@@ -137,7 +138,7 @@ def videos_of(run, prompts: list[str]):
 
 def diversity(run, prompt: str, samples=64) -> float:
     """Mean distance between samples of one prompt in the features (mean of tokens) of action's VideoMAE."""
-    (network,) = make_terms("action", "cpu", torch.float32, run.cfg.reward_weights)["action"][1].networks
+    (network,) = make_terms("action", "cpu", torch.float32, vader.TOY)["action"][1].networks
     video = videos_of(run, [prompt] * samples)
     clip = video[:, evenly_spaced(network.config.num_frames, video.shape[1])]
     with torch.no_grad():
@@ -220,14 +221,14 @@ def main():
     if args.prompts:
         for seed, reward in itertools.product(args.seeds, args.rewards):
             rows += how_many_prompts(reward, seed, videos=96, videos_held_out=176)
-            efficiency.merge(HERE / "prompts.csv", rows, ("reward", "prompts", "trained on", "seed"))
+            tables.merge(HERE / "prompts.csv", rows, ("reward", "prompts", "trained on", "seed"))
         return
     for seed, reward in itertools.product(args.seeds, args.rewards):
         rows += study(reward, seed, videos=102)
-        efficiency.merge(HERE / "generalise.csv", rows, ("reward", "prompts", "seed"))
+        tables.merge(HERE / "generalise.csv", rows, ("reward", "prompts", "seed"))
     for reward in args.rewards:
         scales += strengths(reward, videos=32, samples=64)
-        efficiency.merge(HERE / "scales.csv", scales, ("trained on", "scale"))
+        tables.merge(HERE / "scales.csv", scales, ("trained on", "scale"))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,12 @@
 """What keeps the videos good while the reward rises? Each way of training, beside judges that no reward uses.
 
-    python bench/gold.py                              # 2 rewards x 13 ways x 3 seeds, about 3 hours of a core
+    python bench/gold.py                              # 2 rewards x 11 ways x 3 seeds, about 2 hours of a core
     python bench/gold.py --rewards hps --seeds 0      # only these (--ways likewise); finished runs are kept
 
-Trains `tiny-few` for 80 updates, and scores it after 20, 40 and 80, and the last LoRA at three strengths,
-on the prompts of tiny/unseen.txt, with noise of the run's own seed. Proxy: the reward that is trained on.
-Judges: the other rewards of JUDGES. Gold: what the detectors of tiny/ see, colour, object, motion and place
-as told, which nothing is ever trained on. Writes bench/gold.csv, the mean of each over the videos and its
-paired change from the base model; bench/gold.png, gold against proxy (Gao et al. 2023, arXiv 2210.10760).
+Trains `tiny-few` for 60 updates, and scores it after 20, 40 and 60, and the last LoRA at lower strengths,
+on the prompts of tiny/unseen.txt, with noise of the run's own seed, by the judges of bench/judges.py. Writes
+bench/gold.csv, the mean of each over the videos and its paired change from the base model, and
+bench/gold.png, gold against proxy.
 """
 
 import argparse
@@ -18,27 +17,18 @@ import sys
 import time
 from pathlib import Path
 
-import efficiency
-import matplotlib.pyplot as plt
-import numpy as np
+import judges
+import tables
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tiny")]
-from train_detector import load_detector  # noqa: E402 (needs the line above)
-from world import COMBINATIONS, caption  # noqa: E402
-
-import rewards  # noqa: E402
-import vader  # noqa: E402
-from extras import watch  # noqa: E402
+sys.path.insert(0, str(HERE.parent))
+import vader  # noqa: E402 (needs the line above)
 from extras.lora_scale import at_strength  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "gold"
-JUDGES = "aesthetic + clip + hps"
-WORDS = ("colour", "object", "motion", "place")
 MARKS = (20, 40, 60)  # updates after which it is evaluated
 STRENGTHS = (0.25, 0.5, 0.75)  # of the last LoRA; of other ways than "nothing" a half alone
-KNOWN = {caption(words): words for words in COMBINATIONS}
 
 
 # ---- Ways of training --------------------------------------------------------------------------------------
@@ -92,28 +82,7 @@ WAYS = {
 }
 
 
-# ---- Judging -----------------------------------------------------------------------------------------------
-@torch.no_grad()
-def judge(run, prompts, terms, detector, number=0) -> dict[str, list[float]]:
-    """Each judge's value of each prompt's video; of the detector: 1 where it sees what is told.
-
-    number: of the first video, which its noise depends on.
-    """
-    values = {}
-    for first in range(0, len(prompts), 8):
-        chosen = prompts[first : first + 8]
-        texts = [prompt.text for prompt in chosen]
-        videos = vader.make_videos(run, chosen, number + first)
-        figures = rewards.weighted_rewards(terms, videos, texts, videos.shape[1])
-        del figures["reward"]
-        told = torch.tensor([KNOWN[text] for text in texts])
-        for k, logits in enumerate(detector(videos)):
-            figures[WORDS[k]] = (logits.argmax(1) == told[:, k]).float()
-        for name, value in figures.items():
-            values.setdefault(name, []).extend(value.tolist())
-    return values
-
-
+# ---- Runs --------------------------------------------------------------------------------------------------
 def file_of(reward: str, name: str, seed: int) -> Path:
     return RUNS / f"{reward}-{name}-{seed}.json".replace(" ", "_")
 
@@ -128,10 +97,9 @@ def measure(reward: str, name: str, seed: int) -> list[dict]:
     settings = dict(model="tiny-few", seed=seed, steps=MARKS[-1], watch="none") | files | way.settings
     cfg = vader.resolve(vader.Config(reward + way.add, **settings))
     prompts, _ = vader.split_prompts(cfg)
-    unseen = vader.read_prompts(str(HERE.parent / "tiny" / "unseen.txt"))
+    unseen = judges.unseen_prompts()
     run = vader.load_run(cfg, prompts + unseen)
-    terms = rewards.make_terms(JUDGES, "cpu", torch.float32, vader.TOY)
-    detector = load_detector(HERE.parent / "tiny")
+    terms, detector = judges.load()
     optimizer = vader.make_optimizer(run)
     vader.walk_back = way.estimator
     seconds, rows = 0.0, []
@@ -139,7 +107,7 @@ def measure(reward: str, name: str, seed: int) -> list[dict]:
     def evaluate(update, strength, values=None):
         if values is None:
             with at_strength(run.model, strength):
-                values = judge(run, unseen, terms, detector)
+                values = judges.judge(run, unseen, terms, detector)
         rows.append({"update": update, "strength": strength, "seconds": round(seconds, 1), "values": values})
 
     base = RUNS / f"base-{seed}.json"
@@ -165,30 +133,11 @@ def measure(reward: str, name: str, seed: int) -> list[dict]:
 def table_rows(name: tuple, rows: list[dict]) -> list[dict]:
     """Rows of gold.csv of a run, means over its videos and their paired gains. name: reward, way, seed."""
     head = dict(zip(("reward", "way", "seed"), name, strict=True))
-    base, made = rows[0]["values"], []
+    made = []
     for row in rows:
-        found = head | {key: row[key] for key in ("update", "strength", "seconds")}
-        values = row["values"] | {"as told": as_told(row["values"])}
-        before = base | {"as told": as_told(base)}
-        for judge_name, scores in values.items():
-            gain, error = watch.paired_gain(before[judge_name], scores)
-            found[judge_name] = f"{np.mean(scores):.3f}"
-            found[f"{judge_name} gain"] = f"{gain:.4f}"
-            found[f"{judge_name} error"] = f"{error:.4f}"
-        made.append(found)
+        place = {key: row[key] for key in ("update", "strength", "seconds")}
+        made.append(head | place | tables.figures_of(rows[0]["values"], row["values"]))
     return made
-
-
-def as_told(values: dict) -> list[float]:
-    """The share of the four words that the detectors see in each video."""
-    return np.mean([values[word] for word in WORDS], axis=0).tolist()
-
-
-def pooled(rows: list[dict], name: str) -> tuple[float, float]:
-    """A judge's mean gain over the seeds at one point, and its standard error, by the videos of all."""
-    gains = [float(row[f"{name} gain"]) for row in rows]
-    errors = [float(row[f"{name} error"]) for row in rows]
-    return np.mean(gains), np.sqrt(np.sum(np.square(errors))) / len(errors)
 
 
 def summary(rows: list[dict]) -> list[dict]:
@@ -201,37 +150,18 @@ def summary(rows: list[dict]) -> list[dict]:
     found = []
     for (reward, way, update, strength), group in points.items():
         line = {"reward": reward, "way": way, "update": update, "strength": strength, "seeds": len(group)}
-        for name in (*JUDGES.split(" + "), "as told"):
-            gain, error = pooled(group, name)
-            line[name] = f"{gain:+.3f} ({error:.3f})"
-        found.append(line)
+        found.append(line | tables.gains_in_words(group))
     return found
 
 
-def figure(rows: list[dict], file: Path):
-    """Gold against proxy, a panel for each reward: a line for each way, through its updates; half: hollow."""
-    lines = summary(rows)
-    names = list(dict.fromkeys(line["reward"] for line in lines))
-    plot, axes = plt.subplots(1, len(names), figsize=(6 * len(names), 5), squeeze=False, layout="constrained")
-    for ax, reward in zip(axes[0], names, strict=True):
-        for number, way in enumerate(WAYS):
-            points = [line for line in lines if (line["reward"], line["way"]) == (reward, way)]
-            if not points:
-                continue
-            colour = f"C{number % 10}" if number < 10 else "black"
-            place = {}
-            for line in points:
-                x, y = (float(line[name].split()[0]) for name in (reward, "as told"))
-                place[line["update"], line["strength"]] = x, y
-            full = [(0, 0)] + [place[update, 1.0] for update in MARKS]
-            ax.plot(*zip(*full, strict=True), marker="o", color=colour, label=way)
-            weaker = [place[key] for key in place if key[1] < 1]
-            ax.plot(*zip(*weaker, strict=True), "o", color=colour, mfc="white")
-        ax.axhline(0, color="grey", lw=0.5)
-        ax.set_xlabel(f"gain of {reward}, which is trained on")
-        ax.set_ylabel("gain of the share of words that are seen as told")
-    axes[0][0].legend(title="20, 40, 60 updates; hollow: weaker LoRA", fontsize=8)
-    plot.savefig(file, dpi=110)
+def panels(rows: list[dict]) -> dict:
+    """For tables.figure: of each reward, each way's updates as a line, its weaker LoRAs as points."""
+    found = {}
+    for line in summary(rows):
+        full, weaker = found.setdefault(line["reward"], {}).setdefault(line["way"], ([(0, 0)], []))
+        x, y = (float(line[name].split()[0]) for name in (line["reward"], "as told"))
+        (full if line["strength"] == 1 else weaker).append((x, y))
+    return found
 
 
 def main():
@@ -249,8 +179,8 @@ def main():
             continue
         found += table_rows(name, measure(*name))
         print(*name, found[-1], flush=True)
-        rows = efficiency.merge(HERE / "gold.csv", found, ("reward", "way", "seed"))
-    figure(rows, HERE / "gold.png")
+        rows = tables.merge(HERE / "gold.csv", found, ("reward", "way", "seed"))
+    tables.figure(panels(rows), HERE / "gold.png", "20, 40, 60 updates; hollow: weaker LoRA")
     for line in summary(rows):
         print(line)
 

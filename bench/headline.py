@@ -14,17 +14,13 @@ import sys
 import time
 from pathlib import Path
 
-import efficiency
-import gold
+import judges
 import numpy as np
-import torch
+import tables
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tiny")]
-from train_detector import load_detector  # noqa: E402 (needs the line above)
-
-import rewards  # noqa: E402
-import vader  # noqa: E402
+sys.path.insert(0, str(HERE.parent))
+import vader  # noqa: E402 (needs the line above)
 from extras import page, watch  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "headline"
@@ -48,11 +44,10 @@ def judge(out: Path, folder: str | None, seed: int) -> dict[str, list[float]]:
     lora = str(out / folder) if folder else None
     cfg = vader.Config(mode="sample", model="tiny-few", lora=lora, seed=seed, out=str(RUNS / "judged"))
     cfg = vader.resolve(cfg)
-    unseen = vader.read_prompts(str(HERE.parent / "tiny" / "unseen.txt"))
+    unseen = judges.unseen_prompts()
     prompts = [unseen[n % len(unseen)] for n in range(VIDEOS)]
     run = vader.load_run(cfg, unseen)
-    terms = rewards.make_terms(gold.JUDGES, "cpu", torch.float32, vader.TOY)
-    return gold.judge(run, prompts, terms, load_detector(HERE.parent / "tiny"), NUMBER)
+    return judges.judge(run, prompts, *judges.load(), NUMBER)
 
 
 def main():
@@ -75,7 +70,7 @@ def main():
                 row[name] = f"{np.mean(base[name]):.3f} -> {np.mean(values):.3f} (t {t:+.1f})"
             rows.append(row)
             print(row, flush=True)
-    efficiency.merge(HERE / "headline.csv", rows, ("seed", "LoRA"))
+    tables.merge(HERE / "headline.csv", rows, ("seed", "LoRA"))
 
 
 if __name__ == "__main__":

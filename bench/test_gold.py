@@ -7,8 +7,10 @@ from dataclasses import replace
 import alarms
 import gold
 import headline
+import judges
 import numpy as np
 import pytest
+import tables
 import torch
 
 import vader
@@ -94,7 +96,7 @@ def test_a_way_is_trained_and_judged(tmp_path, monkeypatch):
     rows = gold.measure("aesthetic", "nothing", 0)
     places = [(row["update"], row["strength"]) for row in rows]
     assert places == [(0, 0.0), (1, 1.0), (2, 1.0), (2, 0.25), (2, 0.5), (2, 0.75)]
-    assert rows[0]["values"].keys() == {"aesthetic", "clip", "hps", *gold.WORDS}
+    assert rows[0]["values"].keys() == {"aesthetic", "clip", "hps", *judges.WORDS}
     assert all(len(values) == 6 for row in rows for values in row["values"].values())
     assert rows[0]["values"]["aesthetic"] != rows[2]["values"]["aesthetic"]
     assert gold.measure("aesthetic", "nothing", 0) == json.loads(json.dumps(rows))  # read, not made again
@@ -104,9 +106,9 @@ def test_a_way_is_trained_and_judged(tmp_path, monkeypatch):
 
 def test_seeds_are_pooled():
     rows = [{"clip gain": "0.1", "clip error": "0.03"}, {"clip gain": "0.3", "clip error": "0.04"}]
-    assert gold.pooled(rows, "clip") == (pytest.approx(0.2), pytest.approx(0.025))
+    assert tables.pooled(rows, "clip") == (pytest.approx(0.2), pytest.approx(0.025))
     values = {"colour": [1, 0], "object": [1, 0], "motion": [1, 0], "place": [0, 0]}
-    assert gold.as_told(values) == [0.75, 0.0]
+    assert tables.as_told(values) == [0.75, 0.0]
 
 
 def test_the_readme_has_the_gold_that_was_measured():
