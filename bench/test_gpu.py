@@ -159,7 +159,7 @@ def check_values(values):
 
 
 def walk(folder, model="modelscope", dtype="bf16", image=None, own=None, **settings):
-    """A micro-batch and an evaluation of two short videos, with a published preset, but one step (`ltx`: two)."""
+    """A micro-batch and an evaluation of two short videos, with a preset, but one step (LTX: two)."""
     family, *_ = vader.find_model(model)
     few = dict(batch_size=2, num_inference_steps=1, num_frames=family.frame_multiple + 1)
     if model == "ltx":
