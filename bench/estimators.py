@@ -1,6 +1,6 @@
 """What to differentiate: the same seconds of updates for each way of getting a gradient out of a sampler.
 
-    python bench/estimators.py                               # 2 rewards x 7 ways x 2 seeds, about 2 hours
+    python bench/estimators.py                               # 2 rewards x 7 ways x 3 seeds, about 2 hours
     python bench/estimators.py --rewards aesthetic --seeds 0 # only this; finished runs are kept
 
 Writes bench/estimators.csv: updates made in the time, the gain in held-out reward with its paired standard
@@ -126,7 +126,7 @@ def measure(way: str, reward: str, seed: int, seconds=SECONDS, samples=64, gold=
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rewards", nargs="+", default=["aesthetic", "hps"])
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = []
