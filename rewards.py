@@ -431,62 +431,12 @@ def make_dynamic(device, dtype, weights=None):
     return reward
 
 
-def camera_step(motion, first, second):
-    """A Gauss-Newton step on brightness constancy -> motion, and the share of the frame that shows it, (M,).
-    motion: (M, 4) right, down, larger, clockwise, in half frames; first, second: (M, h, w) grey."""
-    h, w = first.shape[1:]
-    y = ((torch.arange(h).to(first) + 0.5) / h * 2 - 1)[:, None].expand(h, w)
-    x = ((torch.arange(w).to(first) + 0.5) / w * 2 - 1).expand(h, w)
-    one = torch.ones_like(x)
-    right = torch.stack([one, 0 * one, x, -y * h / w])  # how far each of the four takes a pixel
-    down = torch.stack([0 * one, one, y, x * w / h])
-    # each frame goes half the way, so both are blurred alike
-    half_way = torch.einsum("mk,dkhw->mhwd", motion, torch.stack([right, down])) / 2
-    here = torch.stack([x, y], -1)
-    grids = torch.cat([here - half_way, here + half_way]).nan_to_num().clamp(-2, 2)
-    warped = F.grid_sample(torch.cat([first, second])[:, None], grids, "bilinear", "border", False)
-    first, second = warped[:, 0].chunk(2)
-    residual = first - second
-    slope_y, slope_x = torch.gradient((first + second) / 2, dim=(1, 2))
-    slope = slope_x[:, None] * right * w / 2 + slope_y[:, None] * down * h / 2  # (M, 4, h, w)
-    with torch.no_grad():  # weights that keep moving objects out
-        inside = (grids.abs() <= 1).all(-1).view(2, *residual.shape).all(0)
-        median = residual.abs().masked_fill(~inside, torch.nan).flatten(1).nanmedian(1).values
-        scale = 2 * median.nan_to_num()[:, None, None] + 0.001  # where nothing is inside
-        weight = inside / (1 + (residual / scale) ** 2) ** 2
-        texture = (weight * slope[:, :2].square().sum(1)).flatten(1)
-        seen = texture.mean(1) ** 2 / (texture.square().mean(1) + 1e-20)
-        weight = weight / (h * w)
-    ridge = 1e-5  # pulls to 0 where texture lacks
-    normal = torch.einsum("mkhw,mlhw,mhw->mkl", slope, slope, weight) + ridge * torch.eye(4).to(first)
-    pull = torch.einsum("mkhw,mhw->mk", slope, weight * residual) - ridge * motion
-    return motion + torch.linalg.solve(normal, pull), seen
-
-
-def camera_rates(frames):
-    """How the camera moves from each frame to the next: (B, N - 1, 4), and how much shows it, (B, N - 1).
-    Pan right, pan up, zoom in, roll right in percent: of the frame's width, its height, its size, a radian.
-    Gauss-Newton (Lucas & Kanade 1981; Bergen et al. 1992), coarse, then fine, the last step with gradient."""
-    shrink = max(1, min(frames.shape[-2:]) / 64)
-    grey = F.interpolate(exact(frames).mean(2), scale_factor=1 / shrink, mode="bilinear", antialias=True)
-    for _ in range(4):
-        grey = F.avg_pool2d(grey, 3, stride=1, padding=1, count_include_pad=False)
-    fine = grey[:, :-1].flatten(0, 1), grey[:, 1:].flatten(0, 1)
-    coarse = F.avg_pool2d(fine[0], 4), F.avg_pool2d(fine[1], 4)
-    motion = grey.new_zeros(len(fine[0]), 4)
-    with torch.no_grad():
-        for pair in [coarse] * 8 + [fine] * 8:
-            motion, _ = camera_step(motion, *pair)
-    motion, seen = camera_step(motion, *fine)
-    rates = motion * motion.new_tensor([-50, 50, 100, -100])
-    rates = rates.unflatten(0, (len(frames), -1))
-    return rates, seen.view(rates.shape[:2])
-
-
 def make_camera(device, dtype, weights=None, *, arg):
-    """How well the camera does as told, see `camera_rates`. arg: smooth, still, zoom in, pan left, ...
+    """How well the camera does as told, by extras/camera.py. arg: smooth, still, zoom in, pan left, ...
     smooth: minus the rates' mean squared change over their mean square, 0 at best; still: minus their mean
     size; a move: its mean rate, less half the others' and its own change. Reports the rates and `seen`."""
+    from extras.camera import camera_rates
+
     names = ["pan right", "pan up", "zoom in", "roll right"]  # the rates; then their opposites
     names += ["pan left", "pan down", "zoom out", "roll left", "smooth", "still"]
     move = pick_label(dict(enumerate(names)), arg, "camera move")

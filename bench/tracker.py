@@ -1,0 +1,58 @@
+"""How the camera moves, by features and RANSAC of OpenCV: a tracker that shares nothing with rewards.py.
+
+Corners (Shi and Tomasi 1994) are followed from frame to frame by themselves, in pictures whose local mean and
+contrast are taken out, so light does not move them; a similarity is fitted to where they went by RANSAC, so
+what moves by itself is left out. Right to 0.1 percent a step from 128 pixels on; at 64, where a view's own
+aliasing holds corners to the pixels, a motion of half a percent is seen as two thirds of it. Needs
+opencv-python-headless.
+"""
+
+import cv2
+import numpy as np
+
+SIDE = 256  # the shorter side at which corners are followed, in pixels
+FEWEST = 8  # corners that must agree, or nothing was seen
+
+
+def prepared(picture: np.ndarray) -> np.ndarray:
+    """A picture (H, W) in [0, 1] at SIDE, less its local mean and over its local contrast, uint8."""
+    scale = SIDE / min(picture.shape)
+    how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    large = cv2.resize(picture.astype(np.float32), None, fx=scale, fy=scale, interpolation=how)
+    large = cv2.GaussianBlur(large, (0, 0), 2)
+    detail = large - cv2.GaussianBlur(large, (0, 0), 12)
+    contrast = np.sqrt(cv2.GaussianBlur(detail * detail, (0, 0), 12))
+    return (np.clip(detail / (contrast + 0.01), -3, 3) * 42 + 127).astype(np.uint8)
+
+
+def step_rates(first, second) -> list[float]:
+    """The four rates from one prepared picture to the next; NaN where too few corners agree."""
+    unseen, (h, w) = [np.nan] * 4, first.shape
+    corners = cv2.goodFeaturesToTrack(first, 400, 0.01, 5)
+    if corners is None:
+        return unseen
+    how = dict(winSize=(31, 31), maxLevel=4, criteria=(3, 40, 0.003))
+    there, seen, _ = cv2.calcOpticalFlowPyrLK(first, second, corners, None, **how)
+    back, seen_back, _ = cv2.calcOpticalFlowPyrLK(second, first, there, None, **how)
+    returned = np.linalg.norm(corners - back, axis=-1) < 1  # pixel
+    followed = (seen * seen_back * returned).ravel() > 0
+    if followed.sum() < FEWEST:
+        return unseen
+    centre = np.array([w, h]) / 2
+    here, there = corners[followed, 0] - centre, there[followed, 0] - centre
+    cv2.setRNGSeed(0)
+    how = dict(method=cv2.RANSAC, ransacReprojThreshold=1.0, maxIters=5000, confidence=0.999)
+    matrix, agree = cv2.estimateAffinePartial2D(here, there, **how)
+    if matrix is None or agree.sum() < FEWEST:
+        return unseen
+    (a, _, right), (b, _, down) = matrix
+    return [-100 * right / w, 100 * down / h, 100 * np.log(np.hypot(a, b)), -100 * np.arctan2(b, a)]
+
+
+def track(frames) -> np.ndarray:
+    """A clip (N, 3, H, W) in [0, 1] -> rates (N - 1, 4), as `rewards.camera_rates` has them; NaN: unseen."""
+    pictures = [prepared(frame) for frame in frames.float().mean(1).numpy()]
+    rates = []
+    for first, second in zip(pictures, pictures[1:], strict=False):
+        rates.append(step_rates(first, second))
+    return np.array(rates)
