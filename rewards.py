@@ -400,9 +400,12 @@ def make_vjepa(device, dtype, weights=None):
 
 
 def changes(frames):
-    """Differences of neighbouring frames at 16 x 16 pixels: (B, N, 3, H, W) -> (B, N - 1, 3, 16, 16)."""
+    """Differences of neighbouring frames at 16 x 16 pixels: (B, N, 3, H, W) -> (B, N - 1, 3, 16, 16).
+    Of each frame less its mean and over its contrast, so that light which changes is no motion."""
     small = F.adaptive_avg_pool2d(exact(frames).flatten(0, 1), 16)
-    return small.unflatten(0, frames.shape[:2]).diff(dim=1)
+    small = small - small.mean((2, 3), keepdim=True)
+    contrast = (small.square().mean((1, 2, 3), keepdim=True) + 0.02**2).sqrt()
+    return (small / contrast).unflatten(0, frames.shape[:2]).diff(dim=1)
 
 
 def make_smooth(device, dtype, weights=None):
@@ -414,14 +417,14 @@ def make_smooth(device, dtype, weights=None):
         second = first.diff(dim=1)
         jerk = second.square().mean((1, 2, 3, 4))
         motion = first.square().mean((1, 2, 3, 4))
-        return -jerk / (motion + 1e-4)  # less than a change of 1/100 of the range is still
+        return -jerk / (motion + 1e-4)  # less than a change of 1/100 of the contrast is still
 
     reward.frames = "all"
     return reward
 
 
 def make_dynamic(device, dtype, weights=None):
-    """How much moves: mean absolute difference of neighbouring frames at 16 x 16, in percent. No network."""
+    """How much moves: mean absolute difference of neighbouring frames at 16 x 16, in percent of contrast."""
 
     def reward(frames, prompts):
         require(frames.shape[1] >= 2, "dynamic needs 2 frames: raise --decode_frames or --num_frames")
@@ -434,12 +437,26 @@ def make_dynamic(device, dtype, weights=None):
 def make_camera(device, dtype, weights=None, *, arg):
     """How well the camera does as told, by extras/camera.py. arg: smooth, still, zoom in, pan left, ...
     smooth: minus the rates' mean squared change over their mean square, 0 at best; still: minus their mean
-    size; a move: its mean rate, less half the others' and its own change. Reports the rates and `seen`."""
+    size; a move: its mean rate, less half the others' and its own change. Of neighbours or of frames four
+    steps apart, whichever is less: shading passes for motion less over four. Reports the rates and `seen`."""
     from extras.camera import camera_rates
 
     names = ["pan right", "pan up", "zoom in", "roll right"]  # the rates; then their opposites
     names += ["pan left", "pan down", "zoom out", "roll left", "smooth", "still"]
     move = pick_label(dict(enumerate(names)), arg, "camera move")
+
+    def worth(rates):
+        """Rates (B, n, 4) -> (B,)."""
+        jerk = rates.diff(dim=1)
+        if names[move] == "smooth":
+            return -jerk.square().mean((1, 2)) / (rates.square().mean((1, 2)) + 0.01)
+        size = rates.abs().mean(1)
+        if names[move] == "still":
+            return -size.mean(1)
+        axis = move % 4
+        own = torch.cat([rates, -rates], dim=-1)[..., move].mean(1)
+        others = size.sum(1) - size[:, axis]
+        return own - (others + jerk[..., axis].abs().mean(1)) / 2
 
     def reward(frames, prompts):
         shape = frames.shape[1:]
@@ -452,19 +469,9 @@ def make_camera(device, dtype, weights=None, *, arg):
             reward.warned = True
             advice = "add a reward that looks at the picture, as + 5*hps"
             print(f"camera: {share:.0%} of the frame has texture to see it by; {advice}")
-        size = rates.abs().mean(1)
-        jerk = rates.diff(dim=1)
-        if names[move] == "smooth":
-            jerk = jerk.square().mean((1, 2))
-            return -jerk / (rates.square().mean((1, 2)) + 0.01)
-        if names[move] == "still":
-            return -size.mean(1)
-        own = torch.cat([rates, -rates], dim=-1)[..., move].mean(1)
-        axis = move
-        if axis >= 4:
-            axis -= 4
-        others = size.sum(1) - size[:, axis] + jerk[..., axis].abs().mean(1)
-        return own - others / 2
+        apart = min(4, shape[0] // 2)
+        far, _ = camera_rates(frames, apart)
+        return torch.minimum(worth(rates), worth(far))
 
     reward.frames = "all"
     reward.warned = False

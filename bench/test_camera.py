@@ -197,3 +197,20 @@ def test_what_is_not_finite_or_too_small_ends_no_process():
         assert frames.grad.isfinite().all()
     with pytest.raises(rewards.BadInput, match="camera needs 3 frames of 16 x 16"):
         reward(torch.rand(1, 4, 3, 8, 64), [""])
+
+
+# ---- smooth and dynamic ------------------------------------------------------------------------------------
+def test_smooth_and_dynamic_measure_motion_and_not_light():
+    smooth, dynamic = (make("cpu", torch.float32) for make in (rewards.make_smooth, rewards.make_dynamic))
+    steps = torch.arange(9)[:, None, None, None]
+    bar = ((torch.arange(64) // 4 - steps) % 16 < 8).float().expand(1, 9, 3, 32, 64)
+    noise = torch.rand(1, 9, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    still = noise[:, :1].expand(1, 9, -1, -1, -1)
+    assert smooth(still, None) == 0 == dynamic(still, None)
+    assert smooth(noise, None).item() == pytest.approx(-3, abs=0.3)
+    assert dynamic(bar, None).item() == pytest.approx(
+        25, rel=1e-2
+    )  # an eighth of the pixels by two contrasts
+    for light in (1 - 0.08 * steps, 0.25 + 0 * steps, 0.8 + 0.2 * torch.cos(2 * steps)):
+        assert dynamic(bar * light, None) < 25.2 and dynamic(still * light, None) < 0.5
+        assert smooth(bar * light, None) < smooth(bar, None) + 0.05

@@ -78,10 +78,11 @@ def step(motion, first, second, mask):
     return motion + torch.linalg.solve(normal, pull), seen
 
 
-def camera_rates(frames):
-    """How the camera moves from each frame to the next: (B, N - 1, 4), and how much shows it, (B, N - 1).
+def camera_rates(frames, apart=1):
+    """How the camera moves between frames that many steps apart: rates (B, N - apart, 4), and how much of the
+    frame shows it, (B, N - apart).
 
-    frames: (B, N, 3, H, W) in [0, 1]. Pan right, pan up, zoom in, roll right, a step, in percent: of the
+    frames: (B, N, 3, H, W) in [0, 1]. Pan right, pan up, zoom in, roll right, in percent a step: of the
     frame's width, its height, its size, a radian. Gauss-Newton (Lucas & Kanade 1981; Bergen et al. 1992) on
     frames whose light is taken out, coarse, then fine, the last step with gradient.
     """
@@ -89,8 +90,8 @@ def camera_rates(frames):
     grey = F.interpolate(exact(frames).mean(2), scale_factor=1 / shrink, mode="bilinear", antialias=True)
     mask = picture_of(grey)
     grey = blur(without_light(blur(grey, 3), mask), 3)
-    first, second = grey[:, :-1].flatten(0, 1), grey[:, 1:].flatten(0, 1)
-    mask = mask.expand(-1, grey.shape[1] - 1, -1, -1).flatten(0, 1)
+    first, second = grey[:, :-apart].flatten(0, 1), grey[:, apart:].flatten(0, 1)
+    mask = mask.expand(-1, grey.shape[1] - apart, -1, -1).flatten(0, 1)
     fine = first, second, mask
     coarse = [F.avg_pool2d(part, 4) for part in fine]
     motion = grey.new_zeros(len(first), 4)
@@ -98,6 +99,6 @@ def camera_rates(frames):
         for level in [coarse] * 8 + [fine] * 8:
             motion, _ = step(motion, *level)
     motion, seen = step(motion, *fine)
-    rates = motion * motion.new_tensor([-50, 50, 100, -100])
+    rates = motion * motion.new_tensor([-50, 50, 100, -100]) / apart
     rates = rates.unflatten(0, (len(frames), -1))
     return rates, seen.view(rates.shape[:2])
