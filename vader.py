@@ -613,7 +613,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
     """
     holding = contextlib.nullcontext()
     if EXTRAS.is_dir():  # a fork without it checks nothing, locks nothing, and keeps no checkpoint
-        from extras import checks, record, resume, strength, watch
+        from extras import checks, record, resume, strength
 
         holding = checks.enter(cfg, reward)
     cfg = resolve(cfg, reward)
@@ -644,6 +644,8 @@ def train(cfg: Config, reward=None) -> list[dict]:
                 if rank == 0:
                     evaluate_once(run, eval_prompts[: cfg.eval_videos], step)
                 if cfg.stop_when_worse:
+                    from extras import watch
+
                     over = over or watch.worse_for_long(cfg)
             if over:
                 break

@@ -16,42 +16,63 @@ FEWEST = 8  # corners that must agree, or nothing was seen
 
 def prepared(picture: np.ndarray) -> np.ndarray:
     """A picture (H, W) in [0, 1] at SIDE, less its local mean and over its local contrast, uint8."""
+    picture = picture.astype(np.float32)
     scale = SIDE / min(picture.shape)
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    large = cv2.resize(picture.astype(np.float32), None, fx=scale, fy=scale, interpolation=how)
+    large = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=how)
     large = cv2.GaussianBlur(large, (0, 0), 2)
     detail = large - cv2.GaussianBlur(large, (0, 0), 12)
-    contrast = np.sqrt(cv2.GaussianBlur(detail * detail, (0, 0), 12))
-    return (np.clip(detail / (contrast + 0.01), -3, 3) * 42 + 127).astype(np.uint8)
+    contrast = np.sqrt(cv2.GaussianBlur(detail**2, (0, 0), 12))
+    even = np.clip(detail / (contrast + 0.01), -3, 3)
+    return (even * 42 + 127).astype(np.uint8)
+
+
+def followed(first, second):
+    """Where corners of the first picture are in it and in the second, (n, 2) each, in pixels."""
+    corners = cv2.goodFeaturesToTrack(first, 400, 0.01, 5)
+    if corners is None:
+        return np.zeros((0, 2)), np.zeros((0, 2))
+    how = dict(
+        winSize=(31, 31),
+        maxLevel=4,
+        criteria=(3, 40, 0.003),
+    )
+    there, seen, _ = cv2.calcOpticalFlowPyrLK(first, second, corners, None, **how)
+    back, seen_back, _ = cv2.calcOpticalFlowPyrLK(second, first, there, None, **how)
+    apart = np.linalg.norm(corners - back, axis=-1)
+    kept = (seen * seen_back * (apart < 1)).ravel() > 0
+    return corners[kept, 0], there[kept, 0]
 
 
 def step_rates(first, second) -> list[float]:
     """The four rates from one prepared picture to the next; NaN where too few corners agree."""
-    unseen, (h, w) = [np.nan] * 4, first.shape
-    corners = cv2.goodFeaturesToTrack(first, 400, 0.01, 5)
-    if corners is None:
+    unseen = [np.nan] * 4
+    here, there = followed(first, second)
+    if len(here) < FEWEST:
         return unseen
-    how = dict(winSize=(31, 31), maxLevel=4, criteria=(3, 40, 0.003))
-    there, seen, _ = cv2.calcOpticalFlowPyrLK(first, second, corners, None, **how)
-    back, seen_back, _ = cv2.calcOpticalFlowPyrLK(second, first, there, None, **how)
-    returned = np.linalg.norm(corners - back, axis=-1) < 1  # pixel
-    followed = (seen * seen_back * returned).ravel() > 0
-    if followed.sum() < FEWEST:
-        return unseen
+    h, w = first.shape
     centre = np.array([w, h]) / 2
-    here, there = corners[followed, 0] - centre, there[followed, 0] - centre
     cv2.setRNGSeed(0)
-    how = dict(method=cv2.RANSAC, ransacReprojThreshold=1.0, maxIters=5000, confidence=0.999)
-    matrix, agree = cv2.estimateAffinePartial2D(here, there, **how)
+    matrix, agree = cv2.estimateAffinePartial2D(
+        here - centre,
+        there - centre,
+        method=cv2.RANSAC,
+        ransacReprojThreshold=1.0,
+        maxIters=5000,
+        confidence=0.999,
+    )
     if matrix is None or agree.sum() < FEWEST:
         return unseen
     (a, _, right), (b, _, down) = matrix
-    return [-100 * right / w, 100 * down / h, 100 * np.log(np.hypot(a, b)), -100 * np.arctan2(b, a)]
+    zoom = np.log(np.hypot(a, b))
+    turn = np.arctan2(b, a)
+    return [-100 * right / w, 100 * down / h, 100 * zoom, -100 * turn]
 
 
 def track(frames) -> np.ndarray:
     """A clip (N, 3, H, W) in [0, 1] -> rates (N - 1, 4), as `rewards.camera_rates` has them; NaN: unseen."""
-    pictures = [prepared(frame) for frame in frames.float().mean(1).numpy()]
+    grey = frames.float().mean(1).numpy()
+    pictures = [prepared(picture) for picture in grey]
     rates = []
     for first, second in zip(pictures, pictures[1:], strict=False):
         rates.append(step_rates(first, second))
