@@ -66,7 +66,6 @@ METHODS = {
     "best": Method("ours", vader_update, BEST, 80, RATES, TWO_OR_FOUR),
     "ddpo": Method("DDPO", functools.partial(ddpo.update, epochs=2), DDPO, 200, RATES, FOUR_OR_EIGHT),
     "dpo": Method("DPO", functools.partial(dpo.update, draws=4), DPO, 200, RATES, FOUR_OR_EIGHT),
-    "low": Method("VADER, rate 1e-3", vader_update, SWEPT | LOW, 80),
     "ten": Method("ten guided steps, 3e-3", vader_update, TEN, 80, RATES, TWO_OR_FOUR, "ten"),
     "few": Method("tiny/few, 3e-3", vader_update, FEW, 120, RATES, TWO_OR_FOUR, "ten"),
     "ten-low": Method("ten guided steps, 1e-3", vader_update, TEN | LOW, 80, goal="ten-low"),
@@ -77,7 +76,8 @@ METHODS = {
 def open_run(settings: dict, reward: str, seed: int, more=()):
     """A vader.Run with these settings, its optimiser, prompts to train on, held-out ones, and the judge.
 
-    more: prompts that are encoded, too."""
+    more: prompts that are encoded, too.
+    """
     common = dict(model="tiny", prompts=str(HERE.parent / "prompts.txt"), num_inference_steps=STEPS)
     cfg = vader.Config(reward=reward, seed=seed, watch="none", **common | settings)
     cfg = vader.resolve(cfg)

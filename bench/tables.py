@@ -18,13 +18,21 @@ from extras import watch  # noqa: E402 (needs the line above)
 
 def merge(file: Path, found: list[dict], keys: tuple) -> list[dict]:
     """Write a CSV of these rows and of the runs (told by `keys`) that it held and are not among them."""
-    stored = []
+
+    def run_of(row):
+        return [str(row[key]) for key in keys]
+
+    def place(row):
+        return run_of(row), int(row.get("queries", 0))
+
+    rows = list(found)
+    made = [run_of(row) for row in found]
     if file.exists():
         with open(file, newline="") as old:
-            stored = list(csv.DictReader(old))
-    made = {tuple(str(row[key]) for key in keys) for row in found}
-    rows = [row for row in stored if tuple(row[key] for key in keys) not in made] + found
-    rows.sort(key=lambda row: [str(row[key]) for key in keys] + [int(row.get("queries", 0))])
+            for row in csv.DictReader(old):
+                if run_of(row) not in made:
+                    rows.append(row)
+    rows.sort(key=place)
     with open(file, "w", newline="") as new:
         table = csv.DictWriter(new, rows[0])
         table.writeheader()
@@ -52,9 +60,9 @@ def figures_of(base: dict, values: dict) -> dict[str, str]:
 
 def pooled(rows: list[dict], name: str) -> tuple[float, float]:
     """A judge's mean gain over the seeds at one point, and its standard error, by the videos of all."""
-    gains = [float(row[f"{name} gain"]) for row in rows]
-    errors = [float(row[f"{name} error"]) for row in rows]
-    return np.mean(gains), np.sqrt(np.sum(np.square(errors))) / len(errors)
+    gains = np.array([row[f"{name} gain"] for row in rows], dtype=float)
+    errors = np.array([row[f"{name} error"] for row in rows], dtype=float)
+    return gains.mean(), np.linalg.norm(errors) / len(errors)
 
 
 def gains_in_words(rows: list[dict]) -> dict[str, str]:
@@ -68,15 +76,16 @@ def gains_in_words(rows: list[dict]) -> dict[str, str]:
 
 def figure(panels: dict, file: Path, title: str):
     """Gold against proxy. panels: {reward: {label: (a line's points, single points)}}, gains (x, y)."""
-    plot, axes = plt.subplots(
-        1, len(panels), figsize=(6 * len(panels), 5), squeeze=False, layout="constrained"
-    )
+    count = len(panels)
+    shape = dict(figsize=(6 * count, 5), squeeze=False, layout="constrained")
+    plot, axes = plt.subplots(1, count, **shape)
     for ax, (reward, lines) in zip(axes[0], panels.items(), strict=True):
         for number, (label, (line, single)) in enumerate(lines.items()):
             colour = f"C{number}" if number < 10 else "black"
-            ax.plot(*zip(*line, strict=True), marker="o", color=colour, label=label)
-            if single:
-                ax.plot(*zip(*single, strict=True), "o", color=colour, mfc="white")
+            x, y = np.transpose(line)
+            ax.plot(x, y, marker="o", color=colour, label=label)
+            for point in single:
+                ax.plot(*point, "o", color=colour, mfc="white")
         ax.axhline(0, color="grey", lw=0.5)
         ax.set_xlabel(f"gain of {reward}, which is trained on")
         ax.set_ylabel("gain of the share of words that are seen as told")
