@@ -465,7 +465,7 @@ def make_camera(device, dtype, weights=None, *, arg):
         reward.report = dict(zip(names, rates.detach().mean(1).T, strict=False))
         reward.report["seen"] = seen.mean(1)
         share = seen.mean().item()
-        if share < 0.1 and not reward.warned:
+        if share < 0.15 and not reward.warned:
             reward.warned = True
             advice = "add a reward that looks at the picture, as + 5*hps"
             print(f"camera: {share:.0%} of the frame has texture to see it by; {advice}")

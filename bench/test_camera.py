@@ -1,5 +1,7 @@
 """The reward `camera`: what it measures on views of photographs and textures moved by known amounts."""
 
+import csv
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from camera import MOVES, grid, optimise_path, photo, texture, view, with_object
 
 import rewards
 from extras.camera import camera_rates
+from vader import HERE
 
 PICTURES = {"cat": photo("cat"), "texture": texture(0), "another": texture(1)}
 
@@ -214,3 +217,11 @@ def test_smooth_and_dynamic_measure_motion_and_not_light():
     for light in (1 - 0.08 * steps, 0.25 + 0 * steps, 0.8 + 0.2 * torch.cos(2 * steps)):
         assert dynamic(bar * light, None) < 25.2 and dynamic(still * light, None) < 0.5
         assert smooth(bar * light, None) < smooth(bar, None) + 0.05
+
+
+@pytest.mark.parametrize("name", ["views", "clips", "gradient"])
+def test_the_readme_has_what_the_tracker_judged(name):
+    lines = (HERE / "bench" / "README.md").read_text().splitlines()
+    with open(HERE / "bench" / f"camera_{name}.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows and all("| " + " | ".join(row.values()) + " |" in lines for row in rows)
