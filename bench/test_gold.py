@@ -126,3 +126,11 @@ def test_the_readme_has_the_headline_that_was_measured():
         figures = [cell for name, cell in row.items() if name not in ("seed", "seconds")]
         assert all(cell in text for cell in figures), row
     assert headline.VIDEOS == 64
+
+
+def test_the_readme_has_the_gold_of_each_method():
+    rows = table("reached_gold")
+    assert {(row["reward"], row["seeds"]) for row in rows} == {("aesthetic", "3"), ("hps", "3")}
+    for row in rows:
+        del row["seeds"]
+        assert [f"`{row['reward']}`", *list(row.values())[1:]] in cells()
