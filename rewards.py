@@ -404,7 +404,7 @@ def changes(frames):
     Of each frame less its mean and over its contrast, so that light which changes is no motion."""
     small = F.adaptive_avg_pool2d(exact(frames).flatten(0, 1), 16)
     small = small - small.mean((2, 3), keepdim=True)
-    contrast = (small.square().mean((1, 2, 3), keepdim=True) + 0.02**2).sqrt()
+    contrast = (small.square().mean((1, 2, 3), keepdim=True) + 0.005**2).sqrt()
     return (small / contrast).unflatten(0, frames.shape[:2]).diff(dim=1)
 
 
@@ -460,15 +460,18 @@ def make_camera(device, dtype, weights=None, *, arg):
 
     def reward(frames, prompts):
         shape = frames.shape[1:]
-        require(shape[0] >= 3 and min(shape[2:]) >= 16, "camera needs 3 frames of 16 x 16 pixels")
+        require(
+            shape[0] >= 3 and min(shape[2:]) >= 16,
+            "camera needs 3 frames of 16 x 16 pixels: raise --decode_frames or the size",
+        )
         rates, seen = camera_rates(frames)
         reward.report = dict(zip(names, rates.detach().mean(1).T, strict=False))
         reward.report["seen"] = seen.mean(1)
         share = seen.mean().item()
         if share < 0.15 and not reward.warned:
             reward.warned = True
-            advice = "add a reward that looks at the picture, as + 5*hps"
-            print(f"camera: {share:.0%} of the frame has texture to see it by; {advice}")
+            advice = "a reward of the picture beside it, as + 5*hps, keeps it from fading what moves"
+            print(f"camera:{arg}: {share:.0%} of the frame has texture to see it by; {advice}")
         apart = min(4, shape[0] // 2)
         far, _ = camera_rates(frames, apart)
         return torch.minimum(worth(rates), worth(far))

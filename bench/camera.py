@@ -3,7 +3,7 @@
     python bench/camera.py                # both tables, camera.png (a minute on a CPU)
 
 A view is cut out of a photograph by a path: for each frame how far the camera is to the right, up, in, and
-rolled to the right, in percent as rewards.py counts. The first table optimises the path, eight
+rolled to the right, in percent as extras/camera.py counts. The first table optimises the path, eight
 times four numbers that begin as a shaking camera's, by the reward's gradient alone, and prints the true rates
 before and after. The second optimises the pixels of a still clip, and stops where the rate measured is 2.
 """

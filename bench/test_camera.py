@@ -110,8 +110,8 @@ def test_where_there_is_no_texture_nothing_moves_and_one_line_says_so(capsys):
         assert all(v.shape == (2,) and v.abs().max() == 0 for v in reward.report.values())
         reward(grey, ["", ""])
         said = [line for line in "".join(capsys.readouterr()).splitlines() if line]
-        advice = "add a reward that looks at the picture, as + 5*hps"
-        assert said == [f"camera: 0% of the frame has texture to see it by; {advice}"]
+        advice = "a reward of the picture beside it, as + 5*hps, keeps it from fading what moves"
+        assert said == [f"camera:{move}: 0% of the frame has texture to see it by; {advice}"]
 
 
 @pytest.mark.parametrize("move", MOVES)

@@ -1,4 +1,4 @@
-"""How the camera moves, by features and RANSAC of OpenCV: a tracker that shares nothing with rewards.py.
+"""How the camera moves, by features and RANSAC of OpenCV: a tracker that shares nothing with `camera_rates`.
 
 Corners (Shi and Tomasi 1994) are followed from frame to frame by themselves, in pictures whose local mean and
 contrast are taken out, so light does not move them; a similarity is fitted to where they went by RANSAC, so
@@ -70,7 +70,7 @@ def step_rates(first, second) -> list[float]:
 
 
 def track(frames) -> np.ndarray:
-    """A clip (N, 3, H, W) in [0, 1] -> rates (N - 1, 4), as `rewards.camera_rates` has them; NaN: unseen."""
+    """A clip (N, 3, H, W) in [0, 1] -> rates (N - 1, 4), as extras/camera.py has them; NaN: unseen."""
     grey = frames.float().mean(1).numpy()
     pictures = [prepared(picture) for picture in grey]
     rates = []

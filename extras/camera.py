@@ -105,15 +105,15 @@ def robust_weight(residual, inside):
 
 @torch.no_grad()
 def texture_share(slope, weight):
-    """The share of the frame that shows a motion, (M,)."""
+    """The share of the frame that shows a motion, (M,): 1 where texture is everywhere alike."""
     texture = weight * slope[:, :2].square().sum(1)
     mean = texture.mean((1, 2))
     square = texture.square().mean((1, 2))
     return mean**2 / (square + 1e-20)
 
 
-def step(motion, first, second, mask):
-    """A Gauss-Newton step on constancy -> motion (M, 4), and the share of the frame that shows it, (M,).
+def gauss_newton(motion, first, second, mask):
+    """One iteration, for frames that are equal where they meet -> motion (M, 4), and `texture_share`, (M,).
 
     motion: (M, 4); first, second, mask: (M, h, w).
     """
@@ -168,8 +168,8 @@ def camera_rates(frames, apart=1):
     with torch.no_grad():
         for level in (coarse, fine):
             for _ in range(8):
-                motion, _ = step(motion, *level)
-    motion, seen = step(motion, *fine)
+                motion, _ = gauss_newton(motion, *level)
+    motion, seen = gauss_newton(motion, *fine)
 
     percent = motion.new_tensor([-50, 50, 100, -100])  # the camera goes where the scene does not
     rates = motion * percent / apart
