@@ -693,7 +693,7 @@ def write_video(path: Path, video, fps: float):
 
 @torch.no_grad()
 def make_videos(run: Run, prompts, first=0):
-    """Make whole videos, (B, N, 3, H, W) float32 in [0, 1]; their noise depends on their numbers alone."""
+    """Whole videos, (B, N, 3, H, W) float32 in [0, 1]; each one's first noise depends on its number alone."""
     noise = []
     for n in range(first, first + len(prompts)):
         generator = generator_for(run.cfg.seed, "eval", n)

@@ -1,6 +1,7 @@
 """Tables and figures of the scripts here."""
 
 import csv
+import io
 import sys
 from pathlib import Path
 
@@ -33,10 +34,11 @@ def merge(file: Path, found: list[dict], keys: tuple) -> list[dict]:
                 if run_of(row) not in made:
                     rows.append(row)
     rows.sort(key=place)
-    with open(file, "w", newline="") as new:
-        table = csv.DictWriter(new, rows[0])
-        table.writeheader()
-        table.writerows(rows)
+    content = io.StringIO(newline="")
+    table = csv.DictWriter(content, (found or rows)[0])
+    table.writeheader()
+    table.writerows(rows)  # raises where the columns have changed, before anything is written
+    file.write_text(content.getvalue(), newline="")
     return rows
 
 

@@ -13,6 +13,7 @@ import pytest
 import tables
 import torch
 
+import rewards
 import vader
 from conftest import PROMPTS, gradients, load
 from extras import lora_scale, strength
@@ -134,3 +135,9 @@ def test_the_readme_has_the_gold_of_each_method():
     for row in rows:
         del row["seeds"]
         assert [f"`{row['reward']}`", *list(row.values())[1:]] in cells()
+
+
+def test_the_readme_has_every_reward_driven_too_far():
+    rows = table("gamed")
+    assert {row["reward"].partition(":")[0] for row in rows} == set(rewards.REWARDS)
+    assert all(list(row.values()) in cells() for row in rows)

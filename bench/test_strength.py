@@ -75,6 +75,7 @@ def test_judges_that_can_not_be_watched_are_one_line(settings):
     refused("dynamic stands there twice", watch="dynamic + dynamic")
     refused("--watch: unknown reward 'dynamics': did you mean 'dynamic'", watch="dynamics")
     refused("colorful is trained on, watch another", watch="smooth + colorful")
+    refused("camera is trained on, watch another", reward="camera:still", watch="camera:Still")
     refused("--watch is for training", watch="dynamic", mode="eval")
     refused("--watch is for evaluations: give --eval_videos", watch="dynamic", eval_videos=0)
     refused("--stop_when_worse needs judges", stop_when_worse=1)
@@ -293,11 +294,12 @@ def test_what_is_gone_of_best_is_made_again_and_what_is_damaged_is_one_line(sett
     assert "step_000001/lora is damaged: delete it" in capsys.readouterr().err
 
 
-def test_why_there_is_no_best():
+def test_why_there_is_no_best(settings):
+    cfg = vader.resolve(replace(settings, watch="dynamic"))
     base, *others = looks((1, 5), (0.5, 6), (0.8, 4))
-    assert strength.why_none(base, others) == "the reward is nowhere above the base's"
+    assert strength.why_none(cfg, base, others) == "the reward is nowhere above the base's"
     base, *others = looks((1, 5), (0.5, 6), (2, 4))
-    assert "a judge is 0.5 standard errors below" in strength.why_none(base, others)
+    assert "dynamic is 0.5 standard errors below" in strength.why_none(cfg, base, others)
 
 
 def test_without_the_base_s_lora_there_is_a_line_and_no_best(settings, judged_by, capsys):

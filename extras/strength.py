@@ -49,8 +49,11 @@ def find_best(run, prompts: list):
     base, looks = look_at_all(run, prompts[:half], found)
     best = choose(cfg, base, looks)
     if best is None:
-        print(f"no best/: {why_none(base, looks)}")
-        shutil.rmtree(Path(cfg.out) / "best", ignore_errors=True)  # of an earlier choice
+        print(f"no best/: {why_none(cfg, base, looks)}")
+        earlier = Path(cfg.out) / "best"
+        if earlier.exists():
+            print("what best/ held, by an earlier choice, is deleted; the LoRAs of the evaluations are kept")
+            shutil.rmtree(earlier)
         write(cfg, {"looks": found["looks"], "best": None})
         return
     chosen = {"step": best["step"], "strength": best["strength"]}
@@ -120,26 +123,35 @@ def evaluate(run, prompts, look: dict, folder: str, first=0) -> dict:
         return vader.evaluate(run, prompts, folder, first)
 
 
+def fallen(cfg, base: dict, look: dict) -> list[str]:
+    """The judges that are below the base."""
+    names = []
+    for name in watch.names_of(cfg):
+        if watch.has_fallen(base["eval"][name], look["eval"][name], ERRORS):
+            names.append(name)
+    return names
+
+
 def choose(cfg, base: dict, looks: list[dict]) -> dict | None:
     """The look of highest reward at which no judge has fallen; None if none of these is above the base."""
     best, highest = None, np.mean(base["eval"]["reward"])
     for look in looks:
-        fallen = []
-        for name in watch.names_of(cfg):
-            if watch.has_fallen(base["eval"][name], look["eval"][name], ERRORS):
-                fallen.append(name)
         mean = np.mean(look["eval"]["reward"])
-        if mean > highest and not fallen:
+        if mean > highest and not fallen(cfg, base, look):
             best, highest = look, mean
     return best
 
 
-def why_none(base: dict, looks: list[dict]) -> str:
+def why_none(cfg, base: dict, looks: list[dict]) -> str:
     """Why there is no best/, in words."""
+    judges = set()
     for look in looks:
         if np.mean(look["eval"]["reward"]) > np.mean(base["eval"]["reward"]):
-            return f"where the reward is above the base's, a judge is {ERRORS} standard errors below it"
-    return "the reward is nowhere above the base's"
+            judges.update(fallen(cfg, base, look))
+    if not judges:
+        return "the reward is nowhere above the base's"
+    names = " or ".join(sorted(judges))
+    return f"where the reward is above the base's, {names} is {ERRORS} standard errors below it"
 
 
 # ---- What is written and told ------------------------------------------------------------------------------

@@ -41,11 +41,17 @@ def judges_of(cfg) -> list[tuple]:
     except BadInput as error:
         raise BadInput(str(error).replace("--reward", "--watch").replace("0.5*", "")) from None
     judges = []
-    for weight, name, arg in terms:
+    for weight, *judge in terms:
         require(weight == 1, f"--watch {spec}: judges have no weights, of each a higher score is better")
-        require((name, arg) not in judges, f"--watch {spec}: {name} stands there twice, leave one out")
-        judges.append((name, arg))
+        require(not is_among(judge, judges), f"--watch {spec}: {judge[0]} stands there twice, leave one out")
+        judges.append(tuple(judge))
     return judges
+
+
+def is_among(judge, judges) -> bool:
+    """Is this (name, argument) one of these, in whatever spelling?"""
+    same = [(name, rewards.plain(arg or "")) for name, arg in [judge, *judges]]
+    return same[0] in same[1:]
 
 
 def names_of(cfg) -> list[str]:
@@ -69,7 +75,7 @@ def check_watch(cfg, reward=None):
         require(not has_name, f"--watch {cfg.watch}: your own reward is called {cfg.reward}, too: rename it")
     else:
         for _, *judge in rewards.parse(cfg.reward):
-            trained = tuple(judge) in judges
+            trained = is_among(judge, judges)
             require(not trained, f"--watch {cfg.watch}: {judge[0]} is trained on, watch another reward")
 
 
@@ -139,13 +145,13 @@ def since_when(cfg, name: str) -> list[int]:
 
 def warnings_of(cfg) -> list[str]:
     """A sentence for each judge that has fallen by the last evaluation."""
-    base, *_, last = evaluations_of(cfg)
-    gain, _ = paired_gain(base["eval"]["reward"], last["eval"]["reward"])
-    rose = "rose" if gain > 0 else "did not rise"
+    rows = evaluations_of(cfg)
     sentences = []
     for name in names_of(cfg):
         steps = since_when(cfg, name)
         if steps:
+            gain, _ = paired_gain(rows[0]["eval"]["reward"], rows[-1]["eval"]["reward"])
+            rose = "rose" if gain > 0 else "did not rise"
             since = f"{name} has fallen since update {steps[0]}"
             sentences.append(f"the videos get worse: {since}, while {cfg.reward} {rose}")
     return sentences
@@ -153,17 +159,7 @@ def warnings_of(cfg) -> list[str]:
 
 def write_page(cfg):
     """The run's page, with what the judges say."""
-    warnings = []
-    if len(evaluations_of(cfg)) > 1:
-        warnings = warnings_of(cfg)
-    page.write(cfg, names_of(cfg), warnings)
-
-
-def check_finite(cfg, evaluation: dict):
-    """Raises FloatingPointError when a score in an evaluation of the base is not finite."""
-    for name in ("reward", *names_of(cfg)):
-        if not np.isfinite(np.array(evaluation[name], dtype=float)).all():
-            raise FloatingPointError(f"{name} of the videos before training is not finite")
+    page.write(cfg, names_of(cfg), warnings_of(cfg))
 
 
 def tell(cfg, step: int):
@@ -174,7 +170,10 @@ def tell(cfg, step: int):
     write_page(cfg)
     rows = evaluations_of(cfg)
     if step == 0 and rows:
-        check_finite(cfg, rows[0]["eval"])
+        for name in ("reward", *names_of(cfg)):
+            scores = np.array(rows[0]["eval"][name], dtype=float)
+            if not np.isfinite(scores).all():
+                raise FloatingPointError(f"{name} of the videos before training is not finite")
     if len(rows) < 2 or rows[-1]["step"] != step:
         return
     base, last = rows[0]["eval"], rows[-1]["eval"]
