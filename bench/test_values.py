@@ -181,8 +181,10 @@ def ask(video):
 
 
 def small(video):
-    """The means of 16 x 16 parts of each frame, in numpy."""
-    return video.double().numpy().reshape(2, FRAMES, 3, 16, 6, 16, 8).mean((4, 6))
+    """The means of 16 x 16 parts of each frame, less each channel's, over the frame's contrast, in numpy."""
+    parts = video.double().numpy().reshape(2, FRAMES, 3, 16, 6, 16, 8).mean((4, 6))
+    parts = parts - parts.mean((3, 4), keepdims=True)
+    return parts / np.sqrt((parts**2).mean((2, 3, 4), keepdims=True) + 0.005**2)
 
 
 def smooth(video):
@@ -354,7 +356,8 @@ def test_seen_is_the_share_of_the_frame_that_has_texture():
         partly[..., width:] = 0.5
         seen = rewards.weighted_rewards(made("camera:still"), partly[None], [""])["camera:still seen"]
         found.append(seen.item())
-    assert found[1] == pytest.approx(found[0] / 2, rel=0.15)
+    # grey to the border is left out as a bar, with a margin beside it
+    assert 0.3 * found[0] < found[1] < 0.5 * found[0]
 
 
 # ---- Which weights a run takes -----------------------------------------------------------------------------
