@@ -446,7 +446,7 @@ def make_camera(device, dtype, weights=None, *, arg):
     move = pick_label(dict(enumerate(names)), arg, "camera move")
 
     def worth(rates):
-        """Rates (B, n, 4) -> (B,)."""
+        """How well rates (B, n, 4) are as told: (B,)."""
         jerk = rates.diff(dim=1)
         if names[move] == "smooth":
             return -jerk.square().mean((1, 2)) / (rates.square().mean((1, 2)) + 0.01)
@@ -460,10 +460,8 @@ def make_camera(device, dtype, weights=None, *, arg):
 
     def reward(frames, prompts):
         shape = frames.shape[1:]
-        require(
-            shape[0] >= 3 and min(shape[2:]) >= 16,
-            "camera needs 3 frames of 16 x 16 pixels: raise --decode_frames or the size",
-        )
+        enough = shape[0] >= 3 and min(shape[2:]) >= 16
+        require(enough, "camera needs 3 frames of 16 x 16 pixels: raise --decode_frames or the size")
         rates, seen = camera_rates(frames)
         reward.report = dict(zip(names, rates.detach().mean(1).T, strict=False))
         reward.report["seen"] = seen.mean(1)

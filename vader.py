@@ -14,7 +14,7 @@ cut at frames, latents and steps: one piece is alive at a time, and peak memory 
     B, C, F, H, W   batch, channels, latent frames, height, width            N  frames (decoded)
 
 Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. Two folders can
-be deleted: models/ (more models) and extras/ (the code of most flags, checks of input, judges and best/).
+be deleted: models/ (more models) and extras/ (most flags, checks of input, two rewards, judges and best/).
 """
 
 import contextlib
@@ -239,7 +239,7 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
     # Each channel is a probe: x alone, f alone, noise alone; the last is large, where clipping would show.
     x, f, noise = torch.zeros(3, 1, 4, 1, 1, dtype=torch.float64)
     x[0, 0] = f[0, 1] = noise[0, 2] = 1
-    # at 1, a root that the scheduler takes would be of 0, or by rounding of less
+    # at eta 1 from pure noise 1 - A' - s^2 is 0, which rounding may make negative, under the scheduler's root
     kwargs = dict(eta=min(eta, 1 - 1e-12), variance_noise=noise) if eta else {}
     rescale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     rows = []
