@@ -35,7 +35,6 @@ from extras.camera import camera_rates  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "camera"
 FRAMES, SIZE = 8, (128, 128)
-NAMES = ("pan right", "pan up", "zoom in", "roll right")
 SLOW = [(axis, rate) for axis in range(4) for rate in (0.5, -2.0)]
 FAST = [(0, 5.0), (1, -5.0), (0, 8.0)]
 # name: package, file in it, first frame, stride
@@ -230,7 +229,7 @@ def gradient(steps=50) -> list[dict]:
         for move in MOVES:
             figures = []
             for name in ("astronaut", "coffee", "china", "chelsea"):
-                path = torch.zeros(FRAMES, 4) if move in NAMES else shaking
+                path = torch.zeros(FRAMES, 4) if move in tracker.NAMES else shaking
                 figures.append(pushed(camera.view(pictures[name], path, SIZE), make, move, steps))
             means = np.nanmean(figures, axis=0)
             names = ("ours before", "ours after", "tracker before", "tracker after", "pixels moved")
@@ -254,18 +253,9 @@ def pushed(clip, make, move: str, steps: int) -> list[float]:
         optimizer.step()
     with torch.no_grad():
         last = video()
-    ours = [amount(camera_rates(clip[None])[0][0].numpy(), move) for clip in (first, last)]
-    theirs = [amount(tracker.track(clip), move) for clip in (first, last)]
+    ours = [tracker.amount(camera_rates(clip[None])[0][0].numpy(), move) for clip in (first, last)]
+    theirs = [tracker.amount(tracker.track(clip), move) for clip in (first, last)]
     return [*ours, *theirs, (first - last).abs().mean().item()]
-
-
-def amount(rates: np.ndarray, move: str) -> float:
-    """The told rate; for `still` the mean size of all four; for `smooth` that of their change in time."""
-    if move in NAMES:
-        return float(np.nanmean(rates[:, NAMES.index(move)]))
-    if move == "smooth":
-        rates = np.diff(rates, axis=0)
-    return float(np.nanmean(np.abs(rates)))
 
 
 PARTS = {"views": (views, ("changed", "judge")), "clips": (clips, ("film",))}

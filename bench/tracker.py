@@ -10,6 +10,7 @@ opencv-python-headless.
 import cv2
 import numpy as np
 
+NAMES = ("pan right", "pan up", "zoom in", "roll right")
 SIDE = 256  # the shorter side at which corners are followed, in pixels
 FEWEST = 8  # corners that must agree, or nothing was seen
 
@@ -77,3 +78,12 @@ def track(frames) -> np.ndarray:
     for first, second in zip(pictures, pictures[1:], strict=False):
         rates.append(step_rates(first, second))
     return np.array(rates)
+
+
+def amount(rates: np.ndarray, move: str) -> float:
+    """The told rate; for `still` the mean size of all four; for `smooth` that of their change in time."""
+    if move in NAMES:
+        return float(np.nanmean(rates[:, NAMES.index(move)]))
+    if move == "smooth":
+        rates = np.diff(rates, axis=0)
+    return float(np.nanmean(np.abs(rates)))

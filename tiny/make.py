@@ -35,7 +35,8 @@ from train_t2v import train_unet, train_vae
 from train_vjepa import train_vjepa
 from train_wan import WAN_FRAMES, save_wan, train_wan, train_wan_text, train_wan_vae
 from training import make_pool
-from world import SEEN, draw_images
+from views import draw_images
+from world import SEEN
 
 HERE = Path(__file__).resolve().parent
 
@@ -62,8 +63,8 @@ def main():
         train_remove(out, pool, 4000, seed)
         train_action(out, pool, 5000, seed)
         train_ask(out, make_pool(SEEN, 3072, seed + 60), 3000, seed)
+        train_i2v_vae(out, 2400, 2048, seed)
         train_i2v_unet(out, 3200, 5008, seed)
-        train_i2v_vae(out, 1600, seed)
         save_i2v(out)
         for leg in range(3):
             train_vjepa(out, 5600, 3584, seed + leg)

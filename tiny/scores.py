@@ -47,10 +47,12 @@ from train_vjepa import autoencoded, load_autoencoders
 from train_wan import WAN_FRAMES
 from training import frames_of, make_pool
 from transformers import YolosForObjectDetection
+from views import draw_views
 from world import FRAMES, MOTIONS, OBJECTS, SIZE, UNSEEN, caption, draw, pick, save_picture
 
 import vader
 from extras import watch
+from extras.camera import camera_rates
 from rewards import IMAGENET_MEAN, IMAGENET_STD, make_ask, make_terms, preprocess, weighted_rewards
 
 
@@ -188,14 +190,26 @@ def measure_i2v(out: Path, samples: int, seed: int):
     generator = torch.Generator().manual_seed(seed + 91)
     detector = load_detector(out)
     combinations = pick(UNSEEN, samples, generator)
-    video, _, _ = draw(combinations, generator)
+    video, path, _ = draw_views(combinations, generator)
     with tempfile.TemporaryDirectory() as folder:
         prompts = [vader.Prompt(caption(c), f"{folder}/{n}.png") for n, c in enumerate(combinations)]
         for picture, prompt in zip(video[:, 0], prompts, strict=True):
             save_picture(picture, Path(prompt.image))
         made = sampled("tiny-i2v", out / "i2v", prompts)
-    print(f"tiny-i2v, {samples} videos:", right_answers(detector, made, combinations))
+    _, vae = load_autoencoders(out)
+    decoded = torch.cat([autoencoded(vae, part) for part in video.split(16)])
+    clips = {"drawn": video, "after the autoencoder": decoded, "made": made}
+    for name, some in clips.items():
+        print(f"tiny-i2v, {samples} videos, {name}:", right_answers(detector, some, combinations))
+        rates, _ = camera_rates(some)
+        speed, shake = rates.mean(1).abs().mean(0), rates.diff(dim=1).abs().mean((0, 1))
+        print("  camera, percent a step, mean size:", speed.tolist(), "of its change:", shake.tolist())
+    true = path.diff(dim=1)
+    for name in ("drawn", "after the autoencoder"):
+        error = (camera_rates(clips[name])[0] - true).abs().mean((0, 1))
+        print(f"  error of these rates, {name}:", error.tolist())
     for name, one, other in (
+        ("after the autoencoder", decoded, video),
         ("first frame and image", made[:, 0], video[:, 0]),
         ("video and the drawn one", made, video),
         ("still image and the drawn video", video[:, :1], video),

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLTemporalDecoder,
     EulerDiscreteScheduler,
     StableVideoDiffusionPipeline,
@@ -19,9 +18,12 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
 from tqdm import trange
 from training import average_of, fit, picture_loss
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+from views import draw_views, pick_views
 from world import FRAMES, SEEN, SIZE, draw, pick
 
 from rewards import CLIP_MEAN, CLIP_STD
+
+LATENT = 8  # channels: SVD's four are too few for texture
 
 
 def make_image_encoder(out: Path) -> CLIPVisionModelWithProjection:
@@ -41,6 +43,8 @@ def make_image_encoder(out: Path) -> CLIPVisionModelWithProjection:
 def make_i2v_unet() -> UNetSpatioTemporalConditionModel:
     return UNetSpatioTemporalConditionModel(
         sample_size=8,
+        in_channels=2 * LATENT,
+        out_channels=LATENT,
         block_out_channels=(64, 64),
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
@@ -53,96 +57,124 @@ def make_i2v_unet() -> UNetSpatioTemporalConditionModel:
     )
 
 
+def draw_pool(clips: int, seed: int):
+    """Clips with texture, an eighth of them of the plain world: uint8 (clips, 8, 4, 64, 64).
+
+    The fourth channel is 255 where the object is.
+    """
+    generator, parts = torch.Generator().manual_seed(seed), []
+    for first in trange(0, clips, 16, desc="drawing"):
+        if first % 128:
+            video, _, inside = draw_views(pick_views(SEEN, 16, generator), generator)
+        else:
+            video, _, inside = draw(pick(SEEN, 16, generator), generator)
+        channels = torch.cat([video, inside], dim=2)
+        parts.append((channels * 255).round().byte())
+    return torch.cat(parts)
+
+
 @torch.no_grad()
 def encode_starts(out: Path, clips: int, seed: int):
-    """Scaled latents (clips, 4, 8, 8, 8) of drawn clips, and (clips, 1, 64) embeddings of their starts."""
-    generator = torch.Generator().manual_seed(seed + 70)
-    vae = AutoencoderKL.from_pretrained(out / "t2v" / "vae", dtype=torch.float32).eval()
+    """Scaled latents of drawn clips (clips, 8, LATENT, 8, 8), their starts' embeddings (clips, 1, 64)."""
+    vae = AutoencoderKLTemporalDecoder.from_pretrained(out / "i2v" / "vae", dtype=torch.float32).eval()
     encoder = make_image_encoder(out)
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     latents, embeddings = [], []
-    for _ in trange(clips // 16, desc="latents"):
-        video, _, _ = draw(pick(SEEN, 16, generator), generator)
+    for video in draw_pool(clips, seed + 70).split(16):
+        video = video[:, :, :3].float() / 255
         found = vae.encode(video.flatten(0, 1) * 2 - 1).latent_dist.mean * vae.config.scaling_factor
-        latents.append(found.unflatten(0, (16, FRAMES)).transpose(1, 2).half())
+        latents.append(found.unflatten(0, (len(video), FRAMES)).half())
         large = _resize_with_antialiasing(video[:, 0] * 2 - 1, (224, 224)) / 2 + 0.5  # as the pipeline does
         embeddings.append(encoder((large - mean) / std).image_embeds[:, None])
     return torch.cat(latents), torch.cat(embeddings)
 
 
-def train_i2v_unet(out: Path, updates: int, clips: int, seed: int):
-    """The U-Net of SVD on v prediction over noise levels, in the latent space of t2v's autoencoder.
+def i2v_loss(unet, latents, embeddings, scale: float, generator):
+    """SVD's loss on 16 clips of `encode_starts`: v prediction over noise levels.
 
-    The first frame shows where the object starts, and so the way it goes. The image and its embedding are
-    left out of one clip in ten each, for guidance.
+    The image and its embedding are left out of one clip in ten each, for guidance.
+    """
+    rows = torch.randint(len(latents), (16,), generator=generator)
+    clean = latents[rows].float()  # (n, F, LATENT, 8, 8)
+    start = clean[:, :1] / scale + 0.03 * torch.randn(clean[:, :1].shape, generator=generator)
+    start = start * (torch.rand(16, 1, 1, 1, 1, generator=generator) > 0.1)
+    image = embeddings[rows] * (torch.rand(16, 1, 1, generator=generator) > 0.1)
+    sigma = (0.5 + 1.6 * torch.randn((16, 1, 1, 1, 1), generator=generator)).exp()
+    norm = (sigma**2 + 1).sqrt()
+    noise = torch.randn(clean.shape, generator=generator)
+    x = torch.cat([(clean + sigma * noise) / norm, start.expand(-1, FRAMES, -1, -1, -1)], dim=2)
+    time_ids = torch.tensor([6.0, 127.0, 0.02]).expand(16, 3)
+    v = unet(x, 0.25 * sigma.log().flatten(), image, added_time_ids=time_ids).sample
+    # x0 = (x - sigma norm v) / norm^2
+    return F.mse_loss(v, (sigma * noise + clean - norm**2 * clean) / (sigma * norm))
+
+
+def train_i2v_unet(out: Path, updates: int, clips: int, seed: int):
+    """The U-Net of SVD; goes on from what is there.
+
+    The first frame shows where the object starts, and so the way it goes; the camera's way is left to chance.
     """
     torch.manual_seed(seed + 70)
     generator = torch.Generator().manual_seed(seed + 71)
     latents, embeddings = encode_starts(out, clips, seed)
-    unet = make_i2v_unet()
+    unet, folder = make_i2v_unet(), out / "i2v" / "unet"
+    if folder.exists():
+        unet = UNetSpatioTemporalConditionModel.from_pretrained(folder, dtype=torch.float32)
     unet.set_attn_processor(AttnProcessor())
     average, follow = average_of(unet)
-    scale = AutoencoderKL.load_config(out / "t2v" / "vae")["scaling_factor"]
-    time_ids = torch.tensor([6.0, 127.0, 0.02]).expand(16, 3)
+    scale = AutoencoderKLTemporalDecoder.load_config(out / "i2v" / "vae")["scaling_factor"]
 
     def loss_of(update):
         follow(update)
-        rows = torch.randint(len(latents), (16,), generator=generator)
-        clean = latents[rows].float().transpose(1, 2)  # (n, F, 4, 8, 8)
-        start = clean[:, :1] / scale + 0.03 * torch.randn((16, 1, 4, 8, 8), generator=generator)
-        start = start * (torch.rand(16, 1, 1, 1, 1, generator=generator) > 0.1)
-        image = embeddings[rows] * (torch.rand(16, 1, 1, generator=generator) > 0.1)
-        sigma = (0.5 + 1.6 * torch.randn((16, 1, 1, 1, 1), generator=generator)).exp()
-        norm = (sigma**2 + 1).sqrt()
-        noise = torch.randn(clean.shape, generator=generator)
-        x = torch.cat([(clean + sigma * noise) / norm, start.expand(-1, FRAMES, -1, -1, -1)], dim=2)
-        with torch.autocast("cpu", torch.bfloat16):
-            v = unet(x, 0.25 * sigma.log().flatten(), image, added_time_ids=time_ids).sample
-        # x0 = (x - sigma norm v) / norm^2
-        loss = F.mse_loss(v.float(), (sigma * noise + clean - norm**2 * clean) / (sigma * norm))
+        loss = i2v_loss(unet, latents, embeddings, scale, generator)
         return loss, {"loss": loss}
 
     fit(unet.parameters(), updates, 1e-3, "i2v", loss_of)
-    average.half().save_pretrained(out / "i2v" / "unet")
+    average.half().save_pretrained(folder)
 
 
-def train_i2v_vae(out: Path, updates: int, seed: int):
-    """An autoencoder with SVD's temporal decoder; its encoder learns to give the latents of t2v's."""
-    torch.manual_seed(seed + 72)
-    generator = torch.Generator().manual_seed(seed + 72)
-    teacher = AutoencoderKL.from_pretrained(out / "t2v" / "vae", dtype=torch.float32).eval()
-    vae = AutoencoderKLTemporalDecoder(
+def make_i2v_vae() -> AutoencoderKLTemporalDecoder:
+    return AutoencoderKLTemporalDecoder(
         block_out_channels=(32, 32, 64, 64),
         layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 4,
-        latent_channels=4,
+        latent_channels=LATENT,
         sample_size=SIZE,
-        scaling_factor=teacher.config.scaling_factor,
     )
+
+
+def train_i2v_vae(out: Path, updates: int, clips: int, seed: int):
+    """An autoencoder with SVD's temporal decoder, 8 x 8 x LATENT a frame; goes on from what is there."""
+    torch.manual_seed(seed + 72)
+    generator = torch.Generator().manual_seed(seed + 72)
+    pool, folder = draw_pool(clips, seed + 73), out / "i2v" / "vae"
+    vae = make_i2v_vae()
+    if folder.exists():
+        vae = AutoencoderKLTemporalDecoder.from_pretrained(folder, dtype=torch.float32)
     average, follow = average_of(vae, 0.99)
 
     def loss_of(update):
         follow(update)
-        # clips, and in every other update single frames of different ones
-        frames, n = (FRAMES, 3) if update % 2 else (1, 24)
-        moments = None if update % 2 else torch.randint(FRAMES, (24, 1), generator=generator)
-        video, _, inside = draw(pick(SEEN, n, generator), generator, update % 4 < 2, moments)
-        pictures, weight = video.flatten(0, 1) * 2 - 1, 1 + 5 * inside.flatten(0, 1)
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                wanted = teacher.encode(pictures).latent_dist.mean.float()
-            posterior = vae.encode(pictures).latent_dist
-            found = posterior.mean.float()
-            noisy = found + 0.05 * torch.randn(found.shape, generator=generator)
-            decoded = vae.decode(noisy, num_frames=frames).sample.float()
-        near = (found - wanted).abs().mean() * teacher.config.scaling_factor
-        loss = picture_loss(decoded, pictures, weight) + 0.5 * near + 1e-4 * posterior.logvar.square().mean()
-        inner = ((decoded - pictures).abs() * inside.flatten(0, 1)).sum() / (3 * inside.sum())
-        error = (decoded - pictures).abs().mean()
-        return loss, {"error": error, "object": inner, "latents": near}
+        if update % 2:  # a clip, and in every other update single frames of different ones
+            frames, pictures = FRAMES, pool[torch.randint(len(pool), (1,), generator=generator)][0]
+        else:
+            rows = torch.randint(len(pool), (12,), generator=generator)
+            frames, pictures = 1, pool[rows, torch.randint(FRAMES, (12,), generator=generator)]
+        pictures, inside = (pictures.float() / 255).split([3, 1], dim=1)
+        pictures = pictures * 2 - 1
+        posterior = vae.encode(pictures).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        decoded = vae.decode(posterior.mean + noise * posterior.std, num_frames=frames).sample
+        loss = picture_loss(decoded, pictures, 1 + 5 * inside) + 1e-4 * posterior.kl().mean() / 64 / LATENT
+        error = (decoded - pictures).abs()
+        on_object = (error * inside).sum() / (3 * inside.sum())
+        return loss, {"error": error.mean(), "object": on_object, "std": posterior.std.mean()}
 
-    fit(vae.parameters(), updates, 2e-3, "i2v vae", loss_of)
-    average.half().save_pretrained(out / "i2v" / "vae")
+    fit(vae.parameters(), updates, 2e-3, "i2v vae", loss_of, decay=0.0, beta=0.99, rising=0.05)
+    with torch.no_grad():
+        spread = average.encode(pool[:64, 0, :3].float() / 127.5 - 1).latent_dist.mean.std().item()
+    average.register_to_config(scaling_factor=1 / spread)
+    average.half().save_pretrained(folder)
 
 
 def save_i2v(out: Path):

@@ -7,7 +7,6 @@ All frames here are (..., 3, 64, 64) float32 in [0, 1].
 """
 
 import itertools
-import json
 import math
 from pathlib import Path
 
@@ -135,6 +134,38 @@ def blur_rows(frames, sigma):
     return torch.einsum("nrwk,nk->nrw", windows, kernel).reshape(frames.shape)
 
 
+def with_objects(scene, x, y, colour, thing, centre, radius):
+    """An object over each scene (n, k or 1, 3, 64, 64): the clips, and how much of a pixel it covers.
+
+    x, y: where each pixel is, (64, 64) or (n, k, 64, 64); colour, thing, radius: (n,); centre: (n, k, 2).
+    """
+    radius = radius[:, None, None, None]
+    u = (x - centre[:, :, 0, None, None]) / radius
+    v = (y - centre[:, :, 1, None, None]) / radius
+    distance = torch.empty_like(u)
+    for number in range(len(OBJECTS)):
+        chosen = thing == number
+        distance[chosen] = shape_distance(number, u[chosen], v[chosen])
+    distance = distance * radius * SIZE / 2  # pixels
+    inside = torch.sigmoid(-distance * 2.5)[:, :, None]
+    rim = torch.sigmoid((distance + 1.2) * 2.5)[:, :, None]
+    paint = torch.tensor(list(COLOURS.values()))[colour][:, None, :, None, None]
+    shade = (1.0 - 0.16 * (u + v)).clamp(0.6, 1.25)[:, :, None]  # lit from the upper left
+    body = (paint * shade).clamp(0, 1) * (1 - 0.65 * rim)
+    return scene * (1 - inside) + body * inside, inside
+
+
+def graded(video, x, y, saturation, light, generator):
+    """Clips with dull colours, dim and uneven light, by `quality`'s saturation and light."""
+    n = len(video)
+    grey = video.mean(2, keepdim=True)
+    video = grey + (video - grey) * (0.3 + 0.7 * saturation)[:, None, None, None, None]
+    side = uniform(n, 0, 2 * math.pi, generator)[:, None, None]
+    slope = ((torch.cos(side) * x + torch.sin(side) * y) * 0.5)[:, None, None]
+    lack = (1 - light)[:, None, None, None, None]
+    return video * (1 - 0.38 * lack) * (1 + 0.55 * lack * slope)
+
+
 def draw(combinations, generator, full=False, moments=None, frames=FRAMES):
     """Draw a clip for each (colour, object, motion, place); `moments` (n, k) picks frames, else it is all.
 
@@ -180,46 +211,14 @@ def draw(combinations, generator, full=False, moments=None, frames=FRAMES):
         * shaky
     )
     centre = middle + direction[:, None] * travel * clock + jitter
-    radius = uniform(n, 0.31, 0.39, generator)[:, None, None, None]
-    u = (x - centre[:, :, 0, None, None]) / radius
-    v = (y - centre[:, :, 1, None, None]) / radius
-    distance = torch.empty_like(u)
-    for number in range(len(OBJECTS)):
-        chosen = thing == number
-        distance[chosen] = shape_distance(number, u[chosen], v[chosen])
-    distance = distance * radius * SIZE / 2  # pixels
-    inside = torch.sigmoid(-distance * 2.5)[:, :, None]
-    rim = torch.sigmoid((distance + 1.2) * 2.5)[:, :, None]
-    paint = torch.tensor(list(COLOURS.values()))[colour][:, None, :, None, None]
-    shade = (1.0 - 0.16 * (u + v)).clamp(0.6, 1.25)[:, :, None]  # lit from the upper left
-    body = (paint * shade).clamp(0, 1) * (1 - 0.65 * rim)
-    video = scene * (1 - inside) + body * inside
+    radius = uniform(n, 0.31, 0.39, generator)
+    video, inside = with_objects(scene, x, y, colour, thing, centre, radius)
 
-    # grading: dull colours, dim and uneven light, softness, grain
-    grey = video.mean(2, keepdim=True)
-    video = grey + (video - grey) * (0.3 + 0.7 * saturation)[:, None, None, None, None]
-    side = uniform(n, 0, 2 * math.pi, generator)[:, None, None]
-    slope = ((torch.cos(side) * x + torch.sin(side) * y) * 0.5)[:, None, None]
-    lack = (1 - light)[:, None, None, None, None]
-    video = video * (1 - 0.38 * lack) * (1 + 0.55 * lack * slope)
+    video = graded(video, x, y, saturation, light, generator)
     if full:
         video = blur_rows(blur_rows(video, blur).transpose(-1, -2), blur).transpose(-1, -2)
         video = video + grain[:, None, None, None, None] * torch.randn(video.shape, generator=generator)
     return video.clamp(0, 1), aesthetic_target(saturation, light, blur, grain), inside
-
-
-def draw_images(out: Path, n: int, seed: int):
-    """images.jsonl and images/: first frames of n drawn clips, every tenth of a held-out caption."""
-    generator = torch.Generator().manual_seed(seed + 90)
-    rows = []
-    (out / "images").mkdir(exist_ok=True)
-    for number in range(1, n + 1):
-        combination = pick(SEEN if number % 10 else UNSEEN, 1, generator)
-        video, _, _ = draw(combination, generator)
-        name = f"images/{number:02d}.png"
-        save_picture(video[0, 0], out / name)
-        rows.append(json.dumps({"prompt": caption(combination[0]), "image": name}))
-    (out / "images.jsonl").write_text("\n".join(rows) + "\n")
 
 
 def save_picture(picture, file: Path):
