@@ -695,13 +695,73 @@ def test_ten_non_finite_gradients_in_a_row_stop_the_run(settings, capsys, monkey
 
 
 def test_two_ranks_equal_one_with_twice_the_accumulation(settings, tmp_path):
-    two = replace(settings, eval_videos=1, out=str(tmp_path / "two"))
-    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "vader.py"]
-    python(*launcher, *command(two), OMP_NUM_THREADS="1")
+    """And they share the evaluations' videos, three between two, and those that best/ is chosen by."""
+    two = replace(settings, eval_videos=3, watch="dynamic", out=str(tmp_path / "two"))
+    python(*launcher(2), *command(two), OMP_NUM_THREADS="1")
     one = replace(two, grad_accum=2, out=str(tmp_path / "one"))
     vader.train(one)
     assert same(lora_of(two.out), lora_of(one.out), tolerance=1e-4)
     assert moved(two.out)
+    files = [sorted(path.relative_to(cfg.out) for path in Path(cfg.out).rglob("*.*")) for cfg in (one, two)]
+    assert files[0] == files[1] and Path("samples/step_000000/002.mp4") in files[0]
+    for name in ("metrics.jsonl", "strength.json"):
+        assert_alike(*(read_jsons(Path(cfg.out) / name) for cfg in (one, two)))
+
+
+def launcher(processes: int) -> list[str]:
+    return ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "vader.py"]
+
+
+def read_jsons(file: Path) -> list:
+    text = file.read_text()
+    if file.suffix == ".json":
+        return [json.loads(text)]
+    return [row for row in map(json.loads, text.splitlines()) if "eval" in row]
+
+
+def assert_alike(first, second):
+    """Are these of json equal, numbers to rounding?"""
+    assert type(first) is type(second)
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_alike(first[key], second[key])
+    elif isinstance(first, list):
+        assert len(first) == len(second)
+        for pair in zip(first, second, strict=True):
+            assert_alike(*pair)
+    else:
+        assert first == (pytest.approx(second, rel=1e-3, abs=1e-4) if isinstance(first, float) else second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["sample", "eval", "strength"])
+def test_three_ranks_make_the_videos_of_one(mode, settings, tmp_path):
+    """Five prompts in batches of two: the shares are of one, two and two videos; what a kill left is kept."""
+    (tmp_path / "five.txt").write_text("\n".join(f"a moon, number {n}" for n in range(5)))
+    trained = replace(settings, eval_videos=4, watch="dynamic", out=str(tmp_path / "trained"))
+    vader.train(trained)
+    files = []
+    for out in ("one", "three"):
+        cfg = replace(
+            settings,
+            mode=mode,
+            steps=None,
+            lora=f"{trained.out}/lora",
+            lora_rank=None,
+            prompts=str(tmp_path / "five.txt"),
+            batch_size=2,
+            out=str(tmp_path / out),
+        )
+        if mode == "strength":
+            shutil.copytree(trained.out, tmp_path / out)
+            cfg = replace(trained, mode=mode, eval_videos=5, out=str(tmp_path / out))
+        words = launcher(3) if out == "three" else ["vader.py"]
+        python(*words, *command(cfg), OMP_NUM_THREADS="1")
+        files.append(sorted(path.relative_to(cfg.out) for path in Path(cfg.out).rglob("*.*")))
+    assert files[0] == files[1] and any(path.suffix == ".mp4" for path in files[0])
+    name = "strength.json" if mode == "strength" else "metrics.jsonl"
+    assert_alike(*(read_jsons(tmp_path / out / name) for out in ("one", "three")))
 
 
 # ---- 9. Command line ---------------------------------------------------------------------------------------

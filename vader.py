@@ -14,7 +14,7 @@ cut at frames, latents and steps: one piece is alive at a time, and peak memory 
     B, C, F, H, W   batch, channels, latent frames, height, width            N  frames (decoded)
 
 Sections begin with "# ----", what people change is marked "SWAP:". Rewards are in rewards.py. Two folders can
-be deleted: models/ (more models) and extras/ (most flags, checks of input, two rewards, judges and best/).
+be deleted: models/ (more models) and extras/ (most flags, checks of input, several GPUs, two rewards, best/).
 """
 
 import contextlib
@@ -33,7 +33,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -594,8 +593,10 @@ def update(run: Run, prompts, step: int, optimizer) -> dict:
         for name, values in micro_batch(run, chosen, step, number, scale).items():
             row[name] = row.get(name, 0.0) + values.mean().item() / cfg.grad_accum
     if world > 1:
-        for p in parameters:
-            dist.all_reduce(p.grad)  # a sum: the mean, as the loss is scaled by 1 / world
+        gradients = [p.grad for p in parameters]
+        together = torch.nn.utils.parameters_to_vector(gradients)
+        dist.all_reduce(together)  # a sum: the mean, as the loss is scaled by 1 / world
+        torch.nn.utils.vector_to_parameters(together, gradients)
     run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
     if math.isfinite(norm):
@@ -613,16 +614,12 @@ def train(cfg: Config, reward=None) -> list[dict]:
     """
     holding = contextlib.nullcontext()
     if EXTRAS.is_dir():  # a fork without it checks nothing, locks nothing, and keeps no checkpoint
-        from extras import checks, record, resume, strength
+        from extras import checks, record, resume, strength, watch
 
         holding = checks.enter(cfg, reward)
     cfg = resolve(cfg, reward)
     out = Path(cfg.out)
-    rank, world = ranks()
-    if world > 1:
-        dist.init_process_group(timeout=timedelta(days=365))
-        if cfg.device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    rank, _ = ranks()
     prompts, held_out = split_prompts(cfg)
     # twice as many as an evaluation has videos: half are for the report on best/
     eval_prompts = [held_out[n % len(held_out)] for n in range(2 * cfg.eval_videos)]
@@ -641,12 +638,9 @@ def train(cfg: Config, reward=None) -> list[dict]:
         while True:
             over = step == cfg.steps
             if over or step % cfg.eval_every == 0:
-                if rank == 0:
-                    evaluate_once(run, eval_prompts[: cfg.eval_videos], step)
-                if cfg.stop_when_worse:
-                    from extras import watch
-
-                    over = over or watch.worse_for_long(cfg)
+                evaluate_once(run, eval_prompts[: cfg.eval_videos], step)
+                if EXTRAS.is_dir():
+                    over = watch.after_evaluation(cfg, step) or over
             if over:
                 break
             row = update(run, prompts, step, optimizer)
@@ -666,10 +660,8 @@ def train(cfg: Config, reward=None) -> list[dict]:
             print(f"update {step}/{cfg.steps}: {figures}")
 
         print(f"done: the LoRA is in {out}/lora")
-        if rank == 0 and run.judges:
+        if run.judges:
             strength.find_best(run, eval_prompts)
-        if world > 1:
-            dist.destroy_process_group()
         return read_metrics(out)
 
 
@@ -705,12 +697,14 @@ def make_videos(run: Run, prompts, first=0):
 
 @torch.no_grad()
 def evaluate(run: Run, prompts, folder: str, first=0) -> dict:
-    """Videos, numbered from `first`, into a folder of --out -> {"folder", "prompts", rewards' lists}."""
+    """Videos, numbered from `first`, into a folder of --out, of each process its share -> their scores."""
     cfg = run.cfg
+    rank, world = ranks()
     texts = [prompt.text for prompt in prompts]
-    result = {"folder": folder, "prompts": texts}
-    for start in tqdm(range(0, len(prompts), cfg.eval_batch_size), desc=f"videos {folder}", leave=False):
-        end = start + cfg.eval_batch_size
+    scores = {}
+    begin, limit = (len(prompts) * part // world for part in (rank, rank + 1))
+    for start in tqdm(range(begin, limit, cfg.eval_batch_size), desc=f"videos {folder}", leave=False):
+        end = min(start + cfg.eval_batch_size, limit)
         videos = make_videos(run, prompts[start:end], first + start)
         figures = {}
         if run.judges:
@@ -720,9 +714,13 @@ def evaluate(run: Run, prompts, folder: str, first=0) -> dict:
         if run.terms:
             figures |= rewards.weighted_rewards(run.terms, videos, texts[start:end], cfg.decode_chunk)
         for name, values in figures.items():
-            result.setdefault(name, []).extend(values.tolist())
+            scores.setdefault(name, []).extend(values.tolist())
         for n, video in enumerate(videos, start=first + start):
             write_video(Path(cfg.out) / folder / f"{n:03d}.mp4", video, cfg.fps)
+    result = {"folder": folder, "prompts": texts}
+    for share in gather(scores):
+        for name, values in share.items():
+            result.setdefault(name, []).extend(values)
     return result
 
 
@@ -730,16 +728,13 @@ def evaluate_once(run: Run, prompts, step: int):
     """Evaluate after `step` updates, unless metrics.jsonl has that evaluation, and keep its LoRA."""
     cfg, out = run.cfg, Path(run.cfg.out)
     done = [row["step"] for row in read_metrics(out) if "eval" in row]
-    if prompts and step not in done:
+    if prompts and step not in gather(done)[0]:
         folder = f"samples/step_{step:06d}"
         result = evaluate(run, prompts, folder)
-        print(f"update {step}: held-out reward {np.mean(result['reward']):.3f}")
-        save_lora(run.model, out / folder / "lora", cfg)
-        append_metrics(cfg, {"step": step, "eval": result})
-    if EXTRAS.is_dir():
-        from extras import watch
-
-        watch.tell(cfg, step)
+        if ranks()[0] == 0:
+            print(f"update {step}: held-out reward {np.mean(result['reward']):.3f}")
+            save_lora(run.model, out / folder / "lora", cfg)
+            append_metrics(cfg, {"step": step, "eval": result})
 
 
 # ---- 8. Files and resume -----------------------------------------------------------------------------------
@@ -748,6 +743,14 @@ def ranks() -> tuple:
     if not os.environ.keys() >= {"MASTER_ADDR", "RANK", "WORLD_SIZE"}:
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def gather(value) -> list:
+    """This value of each process, in their order."""
+    values = [value] * ranks()[1]
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def write_atomic(path: Path, content: str | bytes):
@@ -886,7 +889,7 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     scaler = torch.amp.GradScaler(model.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
     run = Run(cfg, model, model.schedule(cfg), terms, {}, scaler)
     if EXTRAS.is_dir():
-        from extras import checks, watch
+        from extras import checks, offload, quick, watch
 
         run.judges = watch.load_judges(cfg, texts)
         checks.try_rewards(run, texts)
@@ -899,11 +902,11 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
         prepare(model, cfg)
     if cfg.lora or cfg.mode in ("train", "strength"):
         add_lora(model, cfg)
+    if EXTRAS.is_dir():
+        quick.install(model.denoiser)
     if cfg.checkpointing:
         model.recompute()
     if cfg.offload:
-        from extras import offload
-
         offload.install(run, networks)
     else:
         networks.to(cfg.device)

@@ -134,7 +134,8 @@ def test_a_line_says_what_fell_and_since_when(judged, since, settings, capsys):
     assert data["judges"] == ["dynamic"] and data["warnings"] == ([line.strip()] if since else [])
     fallen = len(judged) - since if since else 0
     for patience in (1, 2, 3):
-        assert watch.worse_for_long(replace(cfg, stop_when_worse=patience)) == (fallen >= patience)
+        ends = watch.after_evaluation(replace(cfg, stop_when_worse=patience), len(judged) - 1)
+        assert ends == (fallen >= patience)
 
 
 def test_a_run_stops_when_a_judge_has_fallen_for_long(settings, monkeypatch, capsys):

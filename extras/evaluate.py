@@ -15,8 +15,6 @@ def apply_lora(cfg):
 
     Raises BadInput; and FloatingPointError when a score is not finite.
     """
-    if vader.ranks()[0]:  # the first of several processes does it all
-        return
     if cfg.mode == "strength":
         return strength.try_strengths(cfg)
     checks.check_input(cfg)
@@ -32,6 +30,8 @@ def apply_lora(cfg):
         folder = "tuned" if cfg.lora else "base"
         with at_strength(run.model, cfg.lora_scale):
             evaluations.append(make_videos(run, prompts, folder))
+        if vader.ranks()[0] > 0:
+            return  # the first process writes what all have made
         vader.write_atomic(Path(cfg.out) / "metrics.jsonl", "")
         for step, evaluation in enumerate(evaluations):
             vader.append_metrics(cfg, {"step": step, "eval": evaluation})
@@ -45,14 +45,19 @@ def make_videos(run, prompts: list, folder: str) -> dict:
     cfg, out = run.cfg, Path(run.cfg.out)
     done = resume.read_done(out)
     whole = {"folder": folder}
-    for first in range(0, len(prompts), cfg.eval_batch_size):
-        chosen = prompts[first : first + cfg.eval_batch_size]
-        numbers = range(first, first + len(chosen))
-        are_there = all(is_whole(out / folder / f"{n:03d}.mp4") for n in numbers)
-        part = done.get((folder, first))
-        if part is None or not are_there:
+    rank, world = vader.ranks()
+    size = cfg.eval_batch_size * world
+    for first in range(0, len(prompts), size):
+        chosen = prompts[first : first + size]
+        part = done.get((folder, first), {"prompts": []})
+        are_there = all(is_whole(out / folder / f"{first + n:03d}.mp4") for n in range(len(chosen)))
+        if len(part["prompts"]) != len(chosen) or not are_there:
+            part = None
+        part = vader.gather(part)[0]
+        if part is None:
             part = done[folder, first] = vader.evaluate(run, chosen, folder, first)
-            write_done(out, done)
+            if rank == 0:
+                write_done(out, done)
         for name, values in part.items():
             if name != "folder":
                 whole.setdefault(name, []).extend(values)

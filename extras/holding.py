@@ -2,10 +2,13 @@
 
 import contextlib
 import errno
+import os
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from filelock import FileLock, Timeout
 
 import vader
@@ -17,7 +20,8 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 @contextlib.contextmanager
 def hold_run(cfg):
-    """Around a run with a full config. The first process locks --out; --push_to_hub comes at the end.
+    """Around a run with a full config. The processes of torchrun meet, each with a GPU of its own, the first
+    locks --out; --push_to_hub comes at the end.
 
     Afterwards random state, precision and warnings are the caller's again. Raises BadInput where another
     process has the folder.
@@ -27,7 +31,7 @@ def hold_run(cfg):
         folder = hold_folder(Path(cfg.out))
     if cfg.device.startswith("cuda"):
         gpus = range(torch.cuda.device_count())
-    with folder, torch.random.fork_rng(gpus), warnings.catch_warnings(), keep_precision():
+    with folder, meeting(cfg), torch.random.fork_rng(gpus), warnings.catch_warnings(), keep_precision():
         failed = True
         try:
             yield
@@ -68,6 +72,20 @@ def remove_empty(folders: list[Path]):
                 return
             path.unlink()
         folder.rmdir()
+
+
+@contextlib.contextmanager
+def meeting(cfg):
+    """Within the block torchrun's processes can speak to each other, where there are several."""
+    if vader.ranks()[1] == 1:
+        yield
+        return
+    # long, as one may make a video more than the others
+    dist.init_process_group(timeout=timedelta(days=1))
+    if cfg.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    yield
+    dist.destroy_process_group()
 
 
 @contextlib.contextmanager

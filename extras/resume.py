@@ -17,7 +17,7 @@ from rewards import as_bad_input, read_json, require
 # What may change when a run goes on, and what is the same by another path.
 FREE = "out resume steps eval_every tracker push_to_hub device prompts eval_prompts versions".split()
 FREE += ["stop_when_worse"]
-FREE_IN_STRENGTH = ["mode", "watch", "eval_videos", "eval_batch_size"]
+FREE_IN_STRENGTH = ["mode", "watch", "eval_videos", "eval_batch_size", "processes"]
 PATHS = ("model", "lora", "base_lora", "reward_weights", "vlm")
 
 DONE = "videos.jsonl"  # of --mode sample and eval: a row for each batch of videos, with its scores
@@ -78,7 +78,7 @@ def check_folder(cfg, prompts: list):
     if cfg.mode != "train":
         advice = "give another --out, or --resume to go on with videos that this command began"
         require(cfg.resume, f"{out} is not empty: {advice}")
-        check_settings(out, run_settings(cfg, prompts))
+        check_settings(out, run_settings(cfg, prompts), [*FREE, "processes"])
         read_done(out)
         return
     mode = read_json(out / "config.json").get("mode")

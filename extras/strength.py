@@ -39,6 +39,16 @@ def find_best(run, prompts: list):
 
     prompts: two for each video of an evaluation; the second half is for videos that choose nothing.
     """
+    if vader.ranks()[0] == 0:
+        choose_best(run, prompts)
+        vader.gather(None)
+        return
+    while asked := vader.gather(None)[0]:  # the others make their share of the videos
+        make_share(run, prompts, *asked)
+
+
+def choose_best(run, prompts: list):
+    """The first process's part of `find_best`."""
     cfg = run.cfg
     half, judges = cfg.eval_videos, watch.names_of(cfg)
     found = page.read_strength(Path(cfg.out)) or {"looks": []}
@@ -46,7 +56,7 @@ def find_best(run, prompts: list):
     if not kept.exists():
         print(f"no best/: {kept} is gone, which all are compared with")
         return
-    base, looks = look_at_all(run, prompts[:half], found)
+    base, looks = look_at_all(run, prompts, found)
     best = choose(cfg, base, looks)
     if best is None:
         print(f"no best/: {why_none(cfg, base, looks)}")
@@ -58,13 +68,12 @@ def find_best(run, prompts: list):
         return
     chosen = {"step": best["step"], "strength": best["strength"]}
     same = found.get("best") == chosen and found["report"]["judges"] == judges
-    there = all(
-        (Path(cfg.out) / name).exists() for name in ("best", "samples/report_base", "samples/report_best")
-    )
+    folders = ("best", "samples/report_base", "samples/report_best")
+    there = all((Path(cfg.out) / name).exists() for name in folders)
     if not (same and there) or found["report"]["first"] != half:
         report = {"judges": judges, "first": half}
         for name, look in (("base", base), ("best", best)):
-            report[name] = evaluate(run, prompts[half:], look, f"samples/report_{name}", half)
+            report[name] = evaluate(run, prompts, look, f"samples/report_{name}", half)
         save_best(run, best)
         found = {"looks": found["looks"], "best": chosen, "why": describe(cfg, best), "report": report}
         write(cfg, found)
@@ -91,7 +100,7 @@ def look_at_all(run, prompts, found: dict) -> tuple[dict, list[dict]]:
         look = {"step": row["step"], "strength": row.get("strength", 1.0), "eval": row["eval"]}
         place = look["step"], look["strength"]
         wanted.append(place)
-        complete = len(row["eval"]["prompts"]) == len(prompts)
+        complete = len(row["eval"]["prompts"]) == cfg.eval_videos
         if complete and row["eval"].keys() >= set(watch.names_of(cfg)):
             done[place] = look
     for strength in STRENGTHS:
@@ -118,9 +127,16 @@ def lora_folder(cfg, step: int) -> Path:
 
 def evaluate(run, prompts, look: dict, folder: str, first=0) -> dict:
     """Videos of a candidate, numbered from `first`, and their scores, as those of `vader.evaluate`."""
-    model, kept = run.model, lora_folder(run.cfg, look["step"])
-    with with_lora_of(model, kept), at_strength(model, look["strength"]):
-        return vader.evaluate(run, prompts, folder, first)
+    place = look["step"], look["strength"]
+    vader.gather((*place, folder, first))
+    return make_share(run, prompts, *place, folder, first)
+
+
+def make_share(run, prompts, step: int, strength: float, folder: str, first: int) -> dict:
+    """What `evaluate` asks of each process."""
+    chosen = prompts[first : first + run.cfg.eval_videos]
+    with with_lora_of(run.model, lora_folder(run.cfg, step)), at_strength(run.model, strength):
+        return vader.evaluate(run, chosen, folder, first)
 
 
 def fallen(cfg, base: dict, look: dict) -> list[str]:
@@ -177,8 +193,7 @@ def describe(cfg, best: dict) -> str:
 
 def tell(cfg, found: dict):
     """Print which LoRA best/ is, and how good on videos that did not choose it."""
-    report = found["report"]
-    base, best = report["base"], report["best"]
+    base, best = found["report"]["base"], found["report"]["best"]
     count = len(base["prompts"])
     print(f"best/ is {describe(cfg, found['best'])}; on {count} videos that did not choose it:")
     for name in ("reward", *watch.names_of(cfg)):

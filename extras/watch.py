@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import rewards
 import vader
@@ -184,16 +183,14 @@ def tell(cfg, step: int):
         print(f"  {sentence}")
 
 
-def worse_for_long(cfg) -> bool:
-    """Has a judge fallen in the last cfg.stop_when_worse evaluations? The first process says so to all."""
-    verdict = [False]
-    rank, world = vader.ranks()
-    if rank == 0:
+def after_evaluation(cfg, step: int) -> bool:
+    """`tell`, by the first process. To all: is the run to end, as --stop_when_worse has it?"""
+    verdict = False
+    if vader.ranks()[0] == 0:
+        tell(cfg, step)
         for name in names_of(cfg):
-            steps = since_when(cfg, name)
-            if len(steps) >= cfg.stop_when_worse:
-                verdict = [True]
-                print(f"stopped: {name} has fallen in {len(steps)} evaluations in a row (--stop_when_worse)")
-    if world > 1:
-        dist.broadcast_object_list(verdict)
-    return verdict[0]
+            looks = len(since_when(cfg, name))
+            if cfg.stop_when_worse and looks >= cfg.stop_when_worse:
+                verdict = True
+                print(f"stopped: {name} has fallen in {looks} evaluations in a row (--stop_when_worse)")
+    return vader.gather(verdict)[0]
