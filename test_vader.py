@@ -735,7 +735,7 @@ def assert_alike(first, second):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["sample", "eval", "strength"])
+@pytest.mark.parametrize("mode", ["eval", "strength"])
 def test_three_ranks_make_the_videos_of_one(mode, settings, tmp_path):
     """Five prompts in batches of two: the shares are of one, two and two videos; what a kill left is kept."""
     (tmp_path / "five.txt").write_text("\n".join(f"a moon, number {n}" for n in range(5)))

@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import rewards  # noqa: E402 (needs the line above)
 import vader  # noqa: E402
-from extras import clips, watch  # noqa: E402
+from extras import clips, quick, watch  # noqa: E402
 from extras.base_lora import prepare  # noqa: E402
 from extras.checks import check_settings  # noqa: E402
 
@@ -114,6 +114,7 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
         if cfg.quantize != "none" or cfg.base_lora:
             prepare(model, cfg)
         vader.add_lora(model, cfg)
+        quick.install(model.denoiser)
         model.recompute()
         optimizer = vader.make_optimizer(run)
         encoders = [model.image_encoder] if model.image_encoder else []

@@ -1,10 +1,10 @@
-"""Seconds of an update and of its two sampling steps on a GPU, with the LoRA and the base kept in four ways.
+"""Seconds of an update and of its two sampling steps on a GPU, with the LoRA and the base kept in five ways.
 
     python bench/rollouts.py modelscope wan
 
-As `bench/memory.py --measure`: full size, random weights, memory capped at 16 GB. The adapters are float32
-and apart, with TF32 as vader.py has it; without TF32; merged into the bf16 base for the rollout (which rounds
-them: not in vader.py); and with the base in int8 (needs torchao).
+As `bench/memory.py --measure`: full size, random weights, memory capped at 16 GB. In the rollout the adapters
+are in half precision, as extras/quick.py has it; or float32, with TF32 and without; or merged into the bf16
+base (which rounds them: not in vader.py). The last way has the base in int8 (needs torchao).
 """
 
 import contextlib
@@ -20,8 +20,9 @@ sys.path[:0] = [str(HERE.parent)]
 import memory  # noqa: E402 (needs the line above)
 
 import vader  # noqa: E402
+from extras import quick  # noqa: E402
 
-WAYS = ("apart, TF32", "apart, no TF32", "merged", "int8", "apart, TF32")  # the first again: the spread
+WAYS = ("half", "float32, TF32", "float32, no TF32", "merged", "int8", "half")  # the first again: the spread
 
 
 def measure(model: str, way: str) -> dict:
@@ -35,7 +36,9 @@ def measure(model: str, way: str) -> dict:
         return found
 
     with contextlib.ExitStack() as stack:
-        if way == "apart, no TF32":
+        if way.startswith("float32"):
+            stack.enter_context(mock.patch.object(quick, "install"))
+        if way == "float32, no TF32":
             torch.set_float32_matmul_precision("highest")
             stack.enter_context(mock.patch.object(torch, "set_float32_matmul_precision"))
         if way == "merged":

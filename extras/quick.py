@@ -21,7 +21,7 @@ def install(denoiser: torch.nn.Module):
 
 def forward(layer, usual, copies: dict, x):
     """What `usual(x)` gives, to rounding. copies: what is kept between calls, and for which LoRA."""
-    if torch.is_grad_enabled() or layer.disable_adapters:
+    if torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
         copies.clear()
         return usual(x)
     base = layer.base_layer
