@@ -20,7 +20,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 import torch.nn.functional as F
 import transformers
@@ -197,6 +196,8 @@ def make_pickscore(device, dtype, weights=None):
 
 def make_hps(device, dtype, weights=None):
     """HPSv2.1 (Wu et al. 2023, github.com/tgxs002/HPSv2): cosine of frame and prompt, about 0.2 to 0.35."""
+    import open_clip  # takes seconds
+
     folder = weights or "xswu/HPSv2"
     file = fetch(folder, "HPS_v2.1_compressed.pt", "hps")
     own_config = Path(folder) / "open_clip_config.json"
@@ -751,7 +752,9 @@ def checkpoint_blocks(network, classes):
 def frozen(network, device, dtype):
     """The network in eval mode, without gradients of its weights; checkpointed on a GPU."""
     if str(device).startswith("cuda"):
-        kinds = (GradientCheckpointingLayer, open_clip.transformer.ResidualAttentionBlock)
-        names = {type(block).__name__ for block in network.modules() if isinstance(block, kinds)}
+        names = ["ResidualAttentionBlock"]  # of open_clip
+        for block in network.modules():
+            if isinstance(block, GradientCheckpointingLayer):
+                names.append(type(block).__name__)
         checkpoint_blocks(network, names)
     return network.to(device, dtype).eval().requires_grad_(False)
