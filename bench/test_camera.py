@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import tracker
+import views
+import world
 from camera import MOVES, grid, optimise_path, photo, texture, view, with_object
 
 import rewards
@@ -94,6 +96,27 @@ def test_the_tracker_agrees_and_sees_no_motion_in_light():
             assert found[axis] == pytest.approx(rate, rel=0.1)
     assert abs(tracker.track(moved(PICTURES["cat"], 0, 0.0) * lights()["shadow"])).max() < 0.05
     assert np.isnan(tracker.track(torch.full((3, 3, 64, 64), 0.5))).all()
+
+
+def test_the_world_of_tiny_i2v_shows_the_camera_that_moves_it():
+    """By our measure and by the tracker, at 64 pixels, with an object in front and places or photographs."""
+    generator = torch.Generator().manual_seed(5)
+    chosen = views.pick_views(world.UNSEEN, 48, generator)
+    clips, path, inside = views.draw_views(chosen, generator)
+    true = path.diff(dim=1)
+    assert clips.shape == (48, 8, 3, 64, 64) and (path[:, 0] == 0).all() and inside.mean() > 0.02
+    rates, seen = camera_rates(clips)
+    textured = seen.mean(1) > 0.15
+    errors = (rates - true).abs().mean(1)[textured]
+    assert textured.float().mean() > 0.8 and errors.median() < 0.05 and errors.mean() < 0.15
+    tracked = torch.from_numpy(np.stack([tracker.track(clip) for clip in clips[textured][:12]]))
+    assert torch.nanmedian((tracked - true[textured][:12]).abs()) < 0.25
+    still = true.abs().amax((1, 2)) == 0
+    assert 4 <= still.sum() < 30 and true.abs().max() > 1.5
+    words = [views.view_caption(combination) for combination in chosen]
+    photographed = [word for word in words if word.endswith(("in front of a cat", "in front of a rocket"))]
+    assert 2 <= len(photographed) < 24
+    assert {word for word in words if word not in photographed} <= {*map(world.caption, world.UNSEEN)}
 
 
 def test_where_there_is_no_texture_nothing_moves_and_one_line_says_so(capsys):

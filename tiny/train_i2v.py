@@ -23,7 +23,7 @@ from world import FRAMES, SEEN, SIZE, draw, pick
 
 from rewards import CLIP_MEAN, CLIP_STD
 
-LATENT = 8  # channels: SVD's four are too few for texture
+LATENT = 16  # channels: SVD's four are too few for texture
 
 
 def make_image_encoder(out: Path) -> CLIPVisionModelWithProjection:
