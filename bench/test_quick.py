@@ -1,6 +1,5 @@
 """Tests of extras/quick.py: a rollout's LoRA is merged, or in half precision, and nothing else changes."""
 
-import functools
 from dataclasses import replace
 
 import peft
@@ -30,8 +29,8 @@ def layers_of(run) -> list:
 def without_quick(run):
     """The same run, each of whose layers computes its LoRA as PEFT does."""
     for layer in layers_of(run):
-        if isinstance(layer.forward, functools.partial):
-            layer.forward = layer.forward.args[1]
+        if isinstance(layer.forward, quick.QuickForward):
+            layer.forward = layer.forward.usual
     return run
 
 
@@ -69,8 +68,9 @@ def test_frames_and_gradients_are_those_of_the_layers_apart(change, settings):
 
 
 def test_with_base_lora_a_trained_lora_and_clips(settings, checkpoints, tmp_path):
-    save_base(replace(settings), tmp_path / "base", "to_q,to_v")
-    vader.save_lora(load(replace(settings, base_lora=str(tmp_path / "base"))).model, tmp_path / "lora")
+    """The LoRA has convolutions, too."""
+    save_base(settings, tmp_path / "base", "to_q,to_v")
+    save_base(settings, tmp_path / "lora", "to_q,to_k,conv1")
     more = dict(base_lora=str(tmp_path / "base"), lora=str(tmp_path / "lora"), lora_rank=None)
     size = dict(num_frames=4, clips=2, height=32, width=32)
     images = vader.read_prompts(str(vader.HERE / "tiny" / "images.jsonl"))[:2]
@@ -134,10 +134,10 @@ def test_copies_go_when_a_gradient_is_wanted(settings):
     run = load(settings)
     given = batch(run)
     latents = vader.rollout(run, given)
-    copies = [layer.forward.args[2] for layer in layers_of(run)]
-    assert len(copies) > 4 and all("weight" in copy for copy in copies)
+    forwards = [layer.forward for layer in layers_of(run)]
+    assert len(forwards) > 4 and all(forward.copies for forward in forwards)
     vader.walk_back(run, given, latents, torch.ones_like(latents[-1]))
-    assert not any(copies)
+    assert not any(forward.copies for forward in forwards)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -162,7 +162,7 @@ def test_one_layer_equals_peft(precision, bias):
         quick.install(net)
         ours = net(x).float()
         (layer,) = [layer for layer in net.modules() if isinstance(layer, LoraLayer)]
-    assert bool(layer.forward.args[2]) == (precision != "int8") and (apart - base).norm() > 1
+    assert (layer.forward.copies is not None) == (precision != "int8") and (apart - base).norm() > 1
     last_bit = 2**-7 * apart.abs().max().item()
     tolerance = 2 * last_bit if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(ours, apart, rtol=0, atol=tolerance)

@@ -5,56 +5,76 @@ sum would round a young LoRA away; there the adapters are copied in that precisi
 are made when the LoRA has changed, and freed when a gradient is wanted: that goes through the LoRA itself.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 
 
 def install(denoiser: torch.nn.Module):
-    """Have each layer with a LoRA do this. denoiser: after `vader.add_lora`, or without a LoRA."""
+    """Have each linear layer with a LoRA do this. denoiser: after `vader.add_lora`, or without a LoRA."""
     for layer in denoiser.modules():
-        if isinstance(layer, LoraLayer):
-            layer.forward = functools.partial(forward, layer, layer.forward, {})
+        if isinstance(layer, LoraLayer) and has_matrices(layer):
+            layer.forward = QuickForward(layer)
 
 
-def forward(layer, usual, copies: dict, x):
-    """What `usual(x)` gives, to rounding. copies: what is kept between calls, and for which LoRA."""
-    if torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
-        copies.clear()
-        return usual(x)
-    base = layer.base_layer
-    in_float32 = x.dtype == torch.float32
-    can_merge = type(base.weight) is torch.nn.Parameter and base.weight.dtype == x.dtype
-    if in_float32 and not can_merge:  # of a quantised base
-        return usual(x)
-
-    (name,) = layer.active_adapters
-    down, up, scale = layer.lora_A[name], layer.lora_B[name], layer.scaling[name]
-    # in-place changes, by an optimiser or `load_state_dict`, raise _version
-    state = [scale, x.dtype, x.device]
-    for parameter in (down.weight, up.weight, up.bias):
-        state.append(getattr(parameter, "_version", None))
-    if copies.get("state") != state:
-        make = merge if in_float32 else shrink
-        copies.update(make(base, down, up, scale, x.dtype), state=state)
-
-    if in_float32:
-        return F.linear(x, copies["weight"], copies["bias"])
-    adapted = F.linear(x, copies["down"])
-    return base(x) + F.linear(adapted, copies["up"], copies["bias"])
+def has_matrices(layer: LoraLayer) -> bool:
+    """Is its LoRA two linear layers? That of a convolution, in a --lora, stays as it is."""
+    return all(isinstance(down, torch.nn.Linear) for down in layer.lora_A.values())
 
 
-def merge(base, down, up, scale: float, dtype) -> dict:
+class QuickForward:
+    """In the place of a layer's `forward`, and to rounding the same."""
+
+    def __init__(self, layer: LoraLayer):
+        self.layer = layer
+        self.usual = layer.forward
+        self.copies = None  # of `merge` or `shrink`
+        self.made_for = None  # which state of the LoRA these are of
+
+    def __call__(self, x):
+        layer = self.layer
+        base = layer.base_layer
+        if torch.is_grad_enabled() or layer.disable_adapters or layer.merged:
+            self.copies = self.made_for = None
+            return self.usual(x)
+        if x.dtype != torch.float32:
+            down, up, bias = self.current(x, shrink)
+            return base(x) + F.linear(F.linear(x, down), up, bias)
+        can_merge = type(base.weight) is torch.nn.Parameter and base.weight.dtype == x.dtype
+        if not can_merge:  # into a quantised base
+            return self.usual(x)
+        weight, bias = self.current(x, merge)
+        return F.linear(x, weight, bias)
+
+    def current(self, x, make):
+        """The copies, made anew where the LoRA has changed."""
+        (name,) = self.layer.active_adapters
+        down = self.layer.lora_A[name]
+        up = self.layer.lora_B[name]
+        scale = self.layer.scaling[name]
+        state = [scale, x.dtype, x.device]
+        for parameter in (*down.parameters(), *up.parameters()):
+            state.append(parameter._version)  # which an optimiser and `load_state_dict` raise
+        if state != self.made_for:
+            self.copies = make(self.layer.base_layer, down, up, scale, x.dtype)
+            self.made_for = state
+        return self.copies
+
+
+def merge(base, down, up, scale: float, dtype) -> tuple:
     """The layer's weight and bias with the LoRA in them."""
+    weight = torch.addmm(base.weight, up.weight, down.weight, alpha=scale)
     bias = base.bias
     if up.bias is not None:
-        bias = scale * up.bias + (0 if bias is None else bias)
-    return {"weight": torch.addmm(base.weight, up.weight, down.weight, alpha=scale), "bias": bias}
+        bias = scale * up.bias
+        if base.bias is not None:
+            bias = bias + base.bias
+    return weight, bias
 
 
-def shrink(base, down, up, scale: float, dtype) -> dict:
-    """The adapters in half precision, the second one scaled."""
-    bias = None if up.bias is None else (scale * up.bias).to(dtype)
-    return {"down": down.weight.to(dtype), "up": (scale * up.weight).to(dtype), "bias": bias}
+def shrink(base, down, up, scale: float, dtype) -> tuple:
+    """The adapters in half precision, the second one scaled, and its bias."""
+    bias = None
+    if up.bias is not None:
+        bias = (scale * up.bias).to(dtype)
+    return down.weight.to(dtype), (scale * up.weight).to(dtype), bias
