@@ -48,7 +48,9 @@ count_attention()
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts the bytes of all storages alive that were made inside, their peak, and operations.
+    """Counts the bytes of all storages alive that were made inside, their peak, operations, and launches.
+
+    A launch is a call that writes a tensor: of a kernel, on a GPU.
 
     Under FakeTensorMode only draws, whole numbers, and what is computed from these alone have content, since
     masks and indices decide what comes next.
@@ -56,7 +58,8 @@ class LiveStorages(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.sizes, self.now, self.peak, self.operations = {}, 0, 0, 0
+        self.sizes, self.now, self.peak = {}, 0, 0
+        self.operations = self.launches = 0
 
     def free(self, key):
         self.now -= self.sizes.pop(key)
@@ -74,13 +77,19 @@ class LiveStorages(TorchDispatchMode):
                 result = func(*args, **kwargs)
         if func.overloadpacket in flop_registry:
             self.operations += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
+        read = {
+            tensor.untyped_storage()._cdata for tensor in given if not is_traceable_wrapper_subclass(tensor)
+        }
+        writes = func._schema.is_mutable
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and not is_traceable_wrapper_subclass(tensor):  # of int8
                 storage = tensor.untyped_storage()
+                writes = writes or storage._cdata not in read  # else it is a view
                 if storage._cdata not in self.sizes:
                     self.sizes[storage._cdata] = storage.nbytes()
                     self.now += storage.nbytes()
                     weakref.finalize(storage, self.free, storage._cdata)
+        self.launches += writes
         self.peak = max(self.peak, self.now)
         return result
 

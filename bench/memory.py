@@ -6,7 +6,8 @@
 
 Takes the flags of vader.py; no weights, no GPU, and no network for what is in bench/configs. A whole update
 runs on networks without content: counted is what the allocator is asked for, not its rounding, nor CUDA's
-own, and the floating-point operations of matrix products, convolutions and attention, two for a multiply-add.
+own, the floating-point operations of matrix products, convolutions and attention, two for a multiply-add, and
+the kernels that are launched: the hours are of whichever takes longer, phase by phase.
 memory.csv: gigabytes by phase, at the models' default sizes. --measure makes the same updates with weights as
 PyTorch initialises them, and two sampling steps; the seconds of the others are added.
 """
@@ -44,6 +45,7 @@ MODELS += ("wan", "anyflow", "wan2.2-5b")
 # Half-precision peaks that NVIDIA publishes, 1e12 operations a second, dense, sums in float32.
 CARDS = {"T4": 65, "RTX 4060 Ti": 44, "RTX 4080": 97, "A100": 312}
 UTILISATION = 0.4  # of these, assumed; what was measured is in bench/README.md
+LAUNCH = 50e-6  # seconds of a processor to launch a kernel: ModelScope's on an H200's machine, gpu.csv
 ROWS = [("hps", False), ("hps", True), ("aesthetic", False), ("vjepa", False), ("ask", False)]
 MORE = ["clip", "pickscore", "remove:book", "action:archery", "camera:smooth"]
 
@@ -79,22 +81,26 @@ def size_of(tensor) -> int:
     return sum(getattr(tensor, name).nbytes for name in parts) if parts else tensor.nbytes
 
 
-def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, float]:
+def predict(
+    cfg: vader.Config, operations: dict | None = None, launches: dict | None = None
+) -> dict[str, float]:
     """The peak of each phase of one update in GB: {phase: GB}. Raises BadInput.
 
-    operations: gets the update's, {"sampling", "score", "walk back": 1e12 of them}.
+    operations, launches: get the update's, {"sampling", "score", "walk back": 1e12 and 1e6 of them}.
     """
     cfg, prompts = resolve(cfg)
     videos, T, K = cfg.grad_accum, cfg.num_inference_steps, cfg.backprop_steps
     times = vader.make_model(cfg).schedule(cfg).t[:1]
     cfg = dataclasses.replace(cfg, num_inference_steps=1, backprop_steps=1)
     schedule = vader.Schedule(times, [1.0], [1.0], [1.0], [0.0])  # one step is as large as any
-    found, counted, idle = {}, {}, 0  # idle: bytes that wait on the host
+    found, idle = {}, 0  # idle: bytes that wait on the host
+    counted = {"operations": {}, "launches": {}}  # by phase
 
     def phase(name, *waiting):
         """It is over; in the next one these networks wait on the host."""
         nonlocal idle
-        counted[name] = memory.operations - sum(counted.values())
+        for kind, before in counted.items():
+            before[name] = getattr(memory, kind) - sum(before.values())
         gc.collect()
         found[name] = (memory.peak - idle) / 1e9
         idle = sum(map(size_of, {p for part in waiting for p in part.parameters()}))
@@ -152,17 +158,27 @@ def predict(cfg: vader.Config, operations: dict | None = None) -> dict[str, floa
             phase("judging a video")
     del found["rewards"], found["passing"]  # parts of loading, of rollout
     times = {"sampling": ("rollout", T), "score": ("score", 1 / len(places)), "walk back": ("walk back", K)}
-    for name, (part, n) in times.items() if operations is not None else ():
-        operations[name] = videos * n * counted[part] / 1e12
-    if operations is not None:
-        operations["sampling"] -= videos * (T - 1) * counted["passing"] / 1e12
+    for wanted, kind, unit in ((operations, "operations", 1e12), (launches, "launches", 1e6)):
+        if wanted is None:
+            continue
+        for name, (part, n) in times.items():
+            wanted[name] = videos * n * counted[kind][part] / unit
+        wanted["sampling"] -= videos * (T - 1) * counted[kind]["passing"] / unit
     return found
 
 
-def hours(operations: dict, cfg: vader.Config) -> dict[str, float]:
+def seconds(operations: dict, launches: dict, peak: float) -> float:
+    """Of an update, on a card of that peak: each phase waits for the card, or for the processor."""
+    total = 0.0
+    for phase, count in operations.items():
+        total += max(count / (peak * UTILISATION), 1e6 * launches.get(phase, 0) * LAUNCH)
+    return total
+
+
+def hours(operations: dict, launches: dict, cfg: vader.Config) -> dict[str, float]:
     """Of the updates of a whole run on each of CARDS, without evaluations."""
-    total = sum(operations.values()) * resolve(cfg)[0].steps
-    return {card: total / (peak * UTILISATION) / 3600 for card, peak in CARDS.items()}
+    steps = resolve(cfg)[0].steps
+    return {card: steps * seconds(operations, launches, peak) / 3600 for card, peak in CARDS.items()}
 
 
 def measure(cfg: vader.Config, device="cuda", updates=3) -> dict:
@@ -256,7 +272,7 @@ def main(argv=None) -> int:
     args, flags = parser.parse_known_args(argv)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
-    operations = {}
+    operations, launches = {}, {}
     try:
         vader.require(args.vram > 0, "--vram: give the gigabytes that there are")
         vader.require(torch.cuda.is_available() or not args.measure, "--measure needs a CUDA GPU")
@@ -266,16 +282,17 @@ def main(argv=None) -> int:
             write_table(args.measure)
             return 0
         cfg = vader.parse_args(flags)
-        found = predict(cfg, operations)
+        found = predict(cfg, operations, launches)
     except rewards.BadInput as error:
         print(f"memory.py: error: {error}", file=sys.stderr)
         return 2
     print("\n".join(f"{name:18}{size:6.2f} GB" for name, size in found.items()))
     print(f"{'peak':18}{(peak := max(found.values())):6.2f} GB predicted; CUDA itself takes about 0.5 more")
     for name, count in operations.items():
-        print(f"{name:18}{count:9.2f} TFLOP an update")
-    for card, found in hours(operations, cfg).items():
-        print(f"{card:18}{found:6.1f} hours of updates at {UTILISATION:.0%} of its half-precision peak")
+        print(f"{name:18}{count:9.2f} TFLOP an update, {launches[name]:.2f} million launches")
+    for card, found in hours(operations, launches, cfg).items():
+        print(f"{card:18}{found:6.1f} hours of updates at {UTILISATION:.0%} of its half-precision peak,")
+    print(f"{'':18}or, if that is longer, at {1e6 * LAUNCH:.0f} microseconds a launch")
     if args.measure:
         print(measure(cfg))
     if peak <= args.vram:

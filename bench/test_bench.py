@@ -103,7 +103,7 @@ def test_the_models_of_the_readme_have_their_predicted_peaks():
         row = next(row for row in table("memory") if (row["model"], row["reward"], row["offload"]) ==
                    (model, "hps", "no"))  # fmt: skip
         cfg = Config(model=model, reward="hps")
-        hours = memory.hours({"all": float(row["TFLOP an update"])}, cfg)["RTX 4060 Ti"]
+        hours = memory.hours({"all": float(row["TFLOP an update"])}, {}, cfg)["RTX 4060 Ti"]
         assert [model, f"{hours:.1f}", *said] in [[line[0], *line[-3:]] for line in cells]
         assert peaks.keys() > {(model, reward, "no") for reward in ("aesthetic", "vjepa")}
 
@@ -143,7 +143,7 @@ def test_the_plan_of_modelscope_is_the_table_s_and_adds_up(capsys, monkeypatch):
     assert 3.5 < found["all weights"] < 3.8
     assert 0.5 < found["walk back"] - found["all weights"] < 2
     assert planned(capsys, "--model", "some/where")[0] == 2
-    monkeypatch.setattr(memory, "predict", lambda cfg, operations: found)
+    monkeypatch.setattr(memory, "predict", lambda cfg, operations, launches: found)
     code, printed = planned(capsys, "--model", chosen[0], "--reward", chosen[1], "--vram", "4")
     assert code == 1 and max(printed.values()) == printed["walk back"]
 
@@ -238,9 +238,12 @@ def test_operations_are_those_of_a_real_update(settings):
     assert counted == pytest.approx(found, rel=0.01) and counted["sampling"] > counted["score"]
 
 
-def test_hours_are_operations_over_a_card_s_pace(settings):
+def test_hours_are_operations_over_a_card_s_pace_or_launches(settings):
     operations, cfg = {"sampling": 900.0, "walk back": 100.0}, dataclasses.replace(settings, steps=36)
-    assert memory.hours(operations, cfg)["A100"] == pytest.approx(1000 * 36 / (312 * 0.4) / 3600)
+    found = memory.hours(operations, {"sampling": 0.1, "walk back": 0.01}, cfg)
+    assert found["A100"] == pytest.approx(1000 * 36 / (312 * 0.4) / 3600)
+    found = memory.hours(operations, {"sampling": 1.0, "walk back": 0.01}, cfg)  # 50 s for 7.2
+    assert found["A100"] == pytest.approx((50 + 100 / (312 * 0.4)) * 36 / 3600)
 
 
 def peak_of_an_update(cfg):

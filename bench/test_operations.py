@@ -1,5 +1,7 @@
 """Tests of the count of operations: of one layer, by the closed form."""
 
+import contextlib
+
 import fake
 import pytest
 import torch
@@ -47,6 +49,17 @@ def assert_counted(make):
         (function, *given), _, _ = make()
         function(*given).sum().backward()
     assert counter.operations == forward + backward
+
+
+def test_a_launch_is_a_call_that_writes():
+    for mode in (contextlib.nullcontext(), FakeTensorMode()):
+        with mode, fake.LiveStorages() as counter:
+            x = torch.ones(4, 6)
+            x.T[1:].unsqueeze(0)[:, :3].detach()  # all views
+            assert counter.launches == 1
+            x.add_(1)
+            torch.mm(x, x.T).relu().reshape(16)
+            assert counter.launches == 4
 
 
 def count_of(counter):
