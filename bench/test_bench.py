@@ -75,6 +75,9 @@ def test_the_table_of_estimators_is_the_measured_one():
             values = sorted((row[name] for row in rows), key=float)
             ranges.append(f"{values[0]} to {values[-1]}")
         assert [way, *(f"{float(row['gain']):+.3f} ({row['error']})" for row in rows), *ranges] in cells
+        for row in rows:
+            gold = [row[name] for name in ("aesthetic", "clip", "hps", "as told")]
+            assert all(gold) and [way, row["reward"], row["seed"], *gold] in cells
 
 
 @pytest.mark.parametrize(
