@@ -23,7 +23,7 @@ from test_models import our_frames, stock_frames, stock_pipeline
 
 import vader
 from conftest import batch, checked, command, load, python
-from extras import watch
+from extras import holding, watch
 from extras.hub import write_repository
 from extras.lora_files import comfy_state, public_name
 from rewards import BadInput
@@ -267,7 +267,8 @@ def test_a_push_that_fails_loses_nothing_and_is_made_again(hub, settings, capsys
 
 def test_the_first_process_alone_pushes(hub, settings, monkeypatch):
     monkeypatch.setattr(vader, "ranks", lambda: (1, 2))
-    monkeypatch.setattr(vader, "dist", Mock())
+    for module in (vader, holding):
+        monkeypatch.setattr(module, "dist", Mock())
     vader.train(replace(settings, steps=1, eval_videos=0, push_to_hub="me/bright"))
     assert not hub.created and not hub.pushed
 
