@@ -6,8 +6,9 @@
 
 Takes the flags of vader.py; no weights, no GPU, and no network for what is in bench/configs. A whole update
 runs on networks without content: counted is what the allocator is asked for, not its rounding, nor CUDA's
-own, the floating-point operations of matrix products, convolutions and attention, two for a multiply-add, and
-the kernels that are launched: the hours are of whichever takes longer, phase by phase.
+own, nor the copies of the LoRA in extras/quick.py; and the floating-point operations of matrix products,
+convolutions and attention, two for a multiply-add, and the kernels that are launched: the hours are of
+whichever takes longer, phase by phase.
 memory.csv: gigabytes by phase, at the models' default sizes. --measure makes the same updates with weights as
 PyTorch initialises them, and two sampling steps; the seconds of the others are added.
 """
@@ -35,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import rewards  # noqa: E402 (needs the line above)
 import vader  # noqa: E402
-from extras import clips, quick, watch  # noqa: E402
+from extras import clips, watch  # noqa: E402
 from extras.base_lora import prepare  # noqa: E402
 from extras.checks import check_settings  # noqa: E402
 
@@ -120,7 +121,6 @@ def predict(
         if cfg.quantize != "none" or cfg.base_lora:
             prepare(model, cfg)
         vader.add_lora(model, cfg)
-        quick.install(model.denoiser)
         model.recompute()
         optimizer = vader.make_optimizer(run)
         encoders = [model.image_encoder] if model.image_encoder else []

@@ -238,7 +238,7 @@ def test_operations_are_those_of_a_real_update(settings):
         for name in parts:
             patch.setattr(vader, name, counting(name))
         vader.micro_batch(run, PROMPTS, 0, 0)
-    # the LoRA is merged once, and counted in each of the four steps
+    # extras/quick.py merges the LoRA once, where it is counted in each of the four steps
     assert counted.pop("sampling") == pytest.approx(found.pop("sampling"), rel=0.05)
     assert counted == pytest.approx(found, rel=0.01)
 
