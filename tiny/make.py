@@ -8,6 +8,8 @@ world.py draws, a train_*.py trains each model, scores.py measures them, and its
 Takes about six hours on 2 cores: CLIP 11 minutes, autoencoder 25, U-Net 42, aesthetic 8, detectors 3, the
 other rewards about 120, ask 52; image to video about 50 and 30 on one core, Wan about 50, few 65 on one.
 
+tiny/i2v and images/ are of an earlier train_i2v.py, on world.py's plain clips: those of views.py are to come.
+
 The weights in the repository were trained in pieces that shared the two cores, remove first on shapes that
 were not bent (4,000 updates) and then on bent ones (1,800), clip first without spoiled pictures (4,000) and
 then with them (2,500; hps and pickscore were tuned from the first), vjepa on drawn clips (13,000), then on

@@ -1,4 +1,4 @@
-"""What tiny-i2v learns: the tiny world with texture, two photographs, and a camera that moves.
+"""What train_i2v.py trains on: the tiny world with texture, two photographs, and a camera that moves.
 
 The captions are world.py's, which say nothing of the camera; a clip in five shows a photograph in the place's
 stead, `a {colour} {object} {motion} in front of a {cat or rocket}`. One camera in five stands still, the rest
