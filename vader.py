@@ -562,10 +562,8 @@ def micro_batch(run: Run, prompts, step: int, number: int, scale=1.0):
     batch = make_batch(run, prompts, noise, generator, picks, trained_steps(run), scale)
     latents = rollout(run, batch)
     figures, g = score(run, batch, latents[-1])
-    if run.cfg.clips:
-        run.model.walk_back(run, batch, latents, g)
-    else:
-        walk_back(run, batch, latents, g)
+    walk = run.model.walk_back if run.cfg.clips else walk_back
+    walk(run, batch, latents, g)
     return figures
 
 
@@ -697,12 +695,13 @@ def make_videos(run: Run, prompts, first=0):
 
 @torch.no_grad()
 def evaluate(run: Run, prompts, folder: str, first=0) -> dict:
-    """Videos, numbered from `first`, into a folder of --out, of each process its share -> their scores."""
+    """Videos from number `first` into --out/folder, shared by processes -> {"folder", "prompts", scores}."""
     cfg = run.cfg
     rank, world = ranks()
     texts = [prompt.text for prompt in prompts]
-    scores = {}
-    begin, limit = (len(prompts) * part // world for part in (rank, rank + 1))
+    scores = {}  # {reward: a number for each video of this process}
+    begin = len(prompts) * rank // world
+    limit = len(prompts) * (rank + 1) // world
     for start in tqdm(range(begin, limit, cfg.eval_batch_size), desc=f"videos {folder}", leave=False):
         end = min(start + cfg.eval_batch_size, limit)
         videos = make_videos(run, prompts[start:end], first + start)
@@ -728,7 +727,7 @@ def evaluate_once(run: Run, prompts, step: int):
     """Evaluate after `step` updates, unless metrics.jsonl has that evaluation, and keep its LoRA."""
     cfg, out = run.cfg, Path(run.cfg.out)
     done = [row["step"] for row in read_metrics(out) if "eval" in row]
-    if prompts and step not in gather(done)[0]:
+    if prompts and step not in gather(done)[0]:  # as the first process read it
         folder = f"samples/step_{step:06d}"
         result = evaluate(run, prompts, folder)
         if ranks()[0] == 0:
@@ -784,8 +783,7 @@ def append_metrics(cfg: Config, row: dict):
 def save_lora(model: VideoModel, folder: Path, cfg: Config | None = None):
     """Write the LoRA as PEFT does; extras/ adds a card, and files for stock diffusers and ComfyUI."""
     if not EXTRAS.is_dir():
-        model.denoiser.save_pretrained(folder, save_embedding_layers=False)
-        return
+        return model.denoiser.save_pretrained(folder, save_embedding_layers=False)
     from extras import lora_files
 
     lora_files.save(model, folder, cfg)
@@ -889,7 +887,7 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     scaler = torch.amp.GradScaler(model.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
     run = Run(cfg, model, model.schedule(cfg), terms, {}, scaler)
     if EXTRAS.is_dir():
-        from extras import checks, offload, quick, watch
+        from extras import checks, quick, watch
 
         run.judges = watch.load_judges(cfg, texts)
         checks.try_rewards(run, texts)
@@ -907,6 +905,8 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     if cfg.checkpointing:
         model.recompute()
     if cfg.offload:
+        from extras import offload
+
         offload.install(run, networks)
     else:
         networks.to(cfg.device)

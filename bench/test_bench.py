@@ -6,6 +6,7 @@ import functools
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import ddpo
 import dpo
@@ -29,6 +30,7 @@ from transformers import VJEPA2Model
 import rewards
 import vader
 from conftest import PROMPTS, batch, gradients, load
+from extras import quick
 from vader import Config, Prompt
 
 HERE = Path(__file__).resolve().parent
@@ -220,7 +222,8 @@ def test_operations_are_those_of_a_real_update(settings):
     """Against PyTorch's own counter over an update that computes, on the small model."""
     cfg = dataclasses.replace(settings, checkpointing=True, backprop_steps=2, grad_accum=3)
     memory.predict(dataclasses.replace(cfg, dtype="fp32"), counted := {})
-    run, found = load(cfg), {}
+    with mock.patch.object(quick, "install"):  # the plan has the LoRA apart
+        run, found = load(cfg), {}
     parts = {"rollout": "sampling", "score": "score", "walk_back": "walk back"}
 
     def counting(name):
@@ -238,9 +241,7 @@ def test_operations_are_those_of_a_real_update(settings):
         for name in parts:
             patch.setattr(vader, name, counting(name))
         vader.micro_batch(run, PROMPTS, 0, 0)
-    # extras/quick.py merges the LoRA once, where it is counted in each of the four steps
-    assert counted.pop("sampling") == pytest.approx(found.pop("sampling"), rel=0.05)
-    assert counted == pytest.approx(found, rel=0.01)
+    assert counted == pytest.approx(found, rel=0.01) and counted["sampling"] > counted["score"]
 
 
 def test_hours_are_operations_over_a_card_s_pace_or_launches(settings):

@@ -46,14 +46,10 @@ def make_videos(run, prompts: list, folder: str) -> dict:
     done = resume.read_done(out)
     whole = {"folder": folder}
     rank, world = vader.ranks()
-    size = cfg.eval_batch_size * world
+    size = cfg.eval_batch_size * world  # a batch for each process
     for first in range(0, len(prompts), size):
         chosen = prompts[first : first + size]
-        part = done.get((folder, first), {"prompts": []})
-        are_there = all(is_whole(out / folder / f"{first + n:03d}.mp4") for n in range(len(chosen)))
-        if len(part["prompts"]) != len(chosen) or not are_there:
-            part = None
-        part = vader.gather(part)[0]
+        part = vader.gather(done_before(out, done, folder, first, len(chosen)))[0]
         if part is None:
             part = done[folder, first] = vader.evaluate(run, chosen, folder, first)
             if rank == 0:
@@ -62,6 +58,17 @@ def make_videos(run, prompts: list, folder: str) -> dict:
             if name != "folder":
                 whole.setdefault(name, []).extend(values)
     return whole
+
+
+def done_before(out: Path, done: dict, folder: str, first: int, count: int) -> dict | None:
+    """The evaluation of this many videos from number `first`, if it and all of them are there."""
+    part = done.get((folder, first))
+    if part is None or len(part["prompts"]) != count:
+        return None
+    for number in range(first, first + count):
+        if not is_whole(out / folder / f"{number:03d}.mp4"):
+            return None
+    return part
 
 
 def is_whole(video: Path) -> bool:

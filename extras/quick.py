@@ -28,7 +28,7 @@ class QuickForward:
     def __init__(self, layer: LoraLayer):
         self.layer = layer
         self.usual = layer.forward
-        self.copies = None  # of `merge` or `shrink`
+        self.copies = None  # of `merge` or `apart`
         self.made_for = None  # which state of the LoRA these are of
 
     def __call__(self, x):
@@ -38,7 +38,7 @@ class QuickForward:
             self.copies = self.made_for = None
             return self.usual(x)
         if x.dtype != torch.float32:
-            down, up, bias = self.current(x, shrink)
+            down, up, bias = self.current(x, apart)
             return base(x) + F.linear(F.linear(x, down), up, bias)
         can_merge = type(base.weight) is torch.nn.Parameter and base.weight.dtype == x.dtype
         if not can_merge:  # into a quantised base
@@ -47,34 +47,36 @@ class QuickForward:
         return F.linear(x, weight, bias)
 
     def current(self, x, make):
-        """The copies, made anew where the LoRA has changed."""
-        (name,) = self.layer.active_adapters
-        down = self.layer.lora_A[name]
-        up = self.layer.lora_B[name]
-        scale = self.layer.scaling[name]
+        """The copies, of x's precision, made anew where the LoRA has changed."""
+        layer = self.layer
+        (name,) = layer.active_adapters
+        down = layer.lora_A[name]
+        up = layer.lora_B[name]
+        scale = layer.scaling[name]
         state = [scale, x.dtype, x.device]
         for parameter in (*down.parameters(), *up.parameters()):
             state.append(parameter._version)  # which an optimiser and `load_state_dict` raise
         if state != self.made_for:
-            self.copies = make(self.layer.base_layer, down, up, scale, x.dtype)
+            self.copies = []
+            for part in make(layer.base_layer, down, up, scale):
+                self.copies.append(None if part is None else part.to(x.dtype))
             self.made_for = state
         return self.copies
 
 
-def merge(base, down, up, scale: float, dtype) -> tuple:
+def merge(base, down, up, scale: float) -> tuple:
     """The layer's weight and bias with the LoRA in them."""
-    weight = torch.addmm(base.weight, up.weight, down.weight, alpha=scale)
     bias = base.bias
     if up.bias is not None:
         bias = scale * up.bias
         if base.bias is not None:
             bias = bias + base.bias
-    return weight, bias
+    return torch.addmm(base.weight, up.weight, down.weight, alpha=scale), bias
 
 
-def shrink(base, down, up, scale: float, dtype) -> tuple:
-    """The adapters in half precision, the second one scaled, and its bias."""
+def apart(base, down, up, scale: float) -> tuple:
+    """Both matrices of the LoRA, the second one scaled, and its bias."""
     bias = None
     if up.bias is not None:
-        bias = (scale * up.bias).to(dtype)
-    return down.weight.to(dtype), (scale * up.weight).to(dtype), bias
+        bias = scale * up.bias
+    return down.weight, scale * up.weight, bias
