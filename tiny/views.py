@@ -26,7 +26,7 @@ from world import (
     quality,
     save_picture,
     uniform,
-    with_objects,
+    with_object,
 )
 
 PHOTOS = ("cat", "rocket")
@@ -34,6 +34,7 @@ SPAN = 1.8  # a scene is drawn from -SPAN to SPAN, of which a camera at rest see
 DRAWN = 192  # pixels of a scene
 FASTEST = 2.5  # percent of the frame a step, of each of the four rates
 SHAKE = 0.7  # percent of the frame
+FLATNESS = (3, 1, 2, 1)  # of the ground's texture: waves lie flat, and dunes
 
 
 def noise(n: int, channels: int, cells: int, generator, stretch=1):
@@ -56,13 +57,10 @@ def draw_scenes(place, generator):
     sky = wide[:, 0] * (1 - sky_mix) + wide[:, 1] * sky_mix
     soil = wide[:, 2] * (1 - ground_mix) + wide[:, 3] * ground_mix
 
-    stretch = [3, 1, 2, 1]  # waves lie flat, and dunes
-    rough = torch.stack(
-        [
-            sum(noise(1, 1, cells, generator, stretch[kind])[0] / 2 for cells in (7, 14, 24))
-            for kind in place.tolist()
-        ]
-    )
+    rough = torch.zeros(n, 1, DRAWN, DRAWN)
+    for row, kind in enumerate(place.tolist()):
+        for cells in (7, 14, 24):
+            rough[row] += noise(1, 1, cells, generator, FLATNESS[kind])[0] / 2
     soil = soil * (1 + 0.45 * rough) + 0.08 * rough
     clouds = noise(n, 1, 5, generator) + 0.6 * noise(n, 1, 10, generator) + 0.4 * noise(n, 1, 20, generator)
     sky = sky + 0.16 * clouds + 0.03 * noise(n, 3, 8, generator)
@@ -142,7 +140,7 @@ def draw_views(combinations, generator, frames=FRAMES):
     clock = torch.linspace(-0.5, 0.5, frames)[:, None]
     centre = middle + direction[:, None] * travel * clock
     radius = uniform(n, 0.22, 0.32, generator)
-    video, inside = with_objects(seen, x, y, colour, thing, centre, radius)
+    video, inside = with_object(seen, x, y, colour, thing, centre, radius)
 
     axis = (torch.arange(SIZE) + 0.5) / SIZE * 2 - 1
     light_y, light_x = torch.meshgrid(axis, axis, indexing="ij")

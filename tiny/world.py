@@ -134,7 +134,7 @@ def blur_rows(frames, sigma):
     return torch.einsum("nrwk,nk->nrw", windows, kernel).reshape(frames.shape)
 
 
-def with_objects(scene, x, y, colour, thing, centre, radius):
+def with_object(scene, x, y, colour, thing, centre, radius):
     """An object over each scene (n, k or 1, 3, 64, 64): the clips, and how much of a pixel it covers.
 
     x, y: where each pixel is, (64, 64) or (n, k, 64, 64); colour, thing, radius: (n,); centre: (n, k, 2).
@@ -212,7 +212,7 @@ def draw(combinations, generator, full=False, moments=None, frames=FRAMES):
     )
     centre = middle + direction[:, None] * travel * clock + jitter
     radius = uniform(n, 0.31, 0.39, generator)
-    video, inside = with_objects(scene, x, y, colour, thing, centre, radius)
+    video, inside = with_object(scene, x, y, colour, thing, centre, radius)
 
     video = graded(video, x, y, saturation, light, generator)
     if full:
