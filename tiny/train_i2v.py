@@ -16,7 +16,7 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
     _resize_with_antialiasing,
 )
 from tqdm import trange
-from training import average_of, fit, picture_loss
+from training import DEVICE, average_of, fit, picture_loss
 from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 from views import draw_views, pick_views
 from world import FRAMES, SEEN, SIZE, draw, pick
@@ -76,12 +76,12 @@ def draw_pool(clips: int, seed: int):
 @torch.no_grad()
 def encode_starts(out: Path, clips: int, seed: int):
     """Scaled latents of drawn clips (clips, 8, LATENT, 8, 8), their starts' embeddings (clips, 1, 64)."""
-    vae = AutoencoderKLTemporalDecoder.from_pretrained(out / "i2v" / "vae", dtype=torch.float32).eval()
-    encoder = make_image_encoder(out)
-    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
+    vae = AutoencoderKLTemporalDecoder.from_pretrained(out / "i2v" / "vae", dtype=torch.float32)
+    vae, encoder = vae.eval().to(DEVICE), make_image_encoder(out).to(DEVICE)
+    mean, std = (torch.tensor(values, device=DEVICE)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     latents, embeddings = [], []
     for video in draw_pool(clips, seed + 70).split(16):
-        video = video[:, :, :3].float() / 255
+        video = video[:, :, :3].to(DEVICE).float() / 255
         found = vae.encode(video.flatten(0, 1) * 2 - 1).latent_dist.mean * vae.config.scaling_factor
         latents.append(found.unflatten(0, (len(video), FRAMES)).half())
         large = _resize_with_antialiasing(video[:, 0] * 2 - 1, (224, 224)) / 2 + 0.5  # as the pipeline does
@@ -89,44 +89,45 @@ def encode_starts(out: Path, clips: int, seed: int):
     return torch.cat(latents), torch.cat(embeddings)
 
 
-def i2v_loss(unet, latents, embeddings, scale: float, generator):
-    """SVD's loss on 16 clips of `encode_starts`: v prediction over noise levels.
+def i2v_loss(unet, latents, embeddings, scale: float, batch: int, generator):
+    """SVD's loss on so many clips of `encode_starts`: v prediction over noise levels.
 
     The image and its embedding are left out of one clip in ten each, for guidance.
     """
-    rows = torch.randint(len(latents), (16,), generator=generator)
+    how = dict(generator=generator, device=DEVICE)
+    rows = torch.randint(len(latents), (batch,), **how)
     clean = latents[rows].float()  # (n, F, LATENT, 8, 8)
-    start = clean[:, :1] / scale + 0.03 * torch.randn(clean[:, :1].shape, generator=generator)
-    start = start * (torch.rand(16, 1, 1, 1, 1, generator=generator) > 0.1)
-    image = embeddings[rows] * (torch.rand(16, 1, 1, generator=generator) > 0.1)
-    sigma = (0.5 + 1.6 * torch.randn((16, 1, 1, 1, 1), generator=generator)).exp()
+    start = clean[:, :1] / scale + 0.03 * torch.randn(clean[:, :1].shape, **how)
+    start = start * (torch.rand(batch, 1, 1, 1, 1, **how) > 0.1)
+    image = embeddings[rows] * (torch.rand(batch, 1, 1, **how) > 0.1)
+    sigma = (0.5 + 1.6 * torch.randn(batch, 1, 1, 1, 1, **how)).exp()
     norm = (sigma**2 + 1).sqrt()
-    noise = torch.randn(clean.shape, generator=generator)
+    noise = torch.randn(clean.shape, **how)
     x = torch.cat([(clean + sigma * noise) / norm, start.expand(-1, FRAMES, -1, -1, -1)], dim=2)
-    time_ids = torch.tensor([6.0, 127.0, 0.02]).expand(16, 3)
+    time_ids = torch.tensor([6.0, 127.0, 0.02], device=DEVICE).expand(batch, 3)
     v = unet(x, 0.25 * sigma.log().flatten(), image, added_time_ids=time_ids).sample
     # x0 = (x - sigma norm v) / norm^2
     return F.mse_loss(v, (sigma * noise + clean - norm**2 * clean) / (sigma * norm))
 
 
-def train_i2v_unet(out: Path, updates: int, clips: int, seed: int):
+def train_i2v_unet(out: Path, updates: int, clips: int, seed: int, batch=16):
     """The U-Net of SVD; goes on from what is there.
 
     The first frame shows where the object starts, and so the way it goes; the camera's way is left to chance.
     """
     torch.manual_seed(seed + 70)
-    generator = torch.Generator().manual_seed(seed + 71)
+    generator = torch.Generator(DEVICE).manual_seed(seed + 71)
     latents, embeddings = encode_starts(out, clips, seed)
     unet, folder = make_i2v_unet(), out / "i2v" / "unet"
     if folder.exists():
         unet = UNetSpatioTemporalConditionModel.from_pretrained(folder, dtype=torch.float32)
-    unet.set_attn_processor(AttnProcessor())
+    unet.to(DEVICE).set_attn_processor(AttnProcessor())
     average, follow = average_of(unet)
     scale = AutoencoderKLTemporalDecoder.load_config(out / "i2v" / "vae")["scaling_factor"]
 
     def loss_of(update):
         follow(update)
-        loss = i2v_loss(unet, latents, embeddings, scale, generator)
+        loss = i2v_loss(unet, latents, embeddings, scale, batch, generator)
         return loss, {"loss": loss}
 
     fit(unet.parameters(), updates, 1e-3, "i2v", loss_of)
@@ -143,27 +144,32 @@ def make_i2v_vae() -> AutoencoderKLTemporalDecoder:
     )
 
 
-def train_i2v_vae(out: Path, updates: int, clips: int, seed: int):
-    """An autoencoder with SVD's temporal decoder, 8 x 8 x LATENT a frame; goes on from what is there."""
+def train_i2v_vae(out: Path, updates: int, clips: int, seed: int, batch=1):
+    """An autoencoder with SVD's temporal decoder, 8 x 8 x LATENT a frame; goes on from what is there.
+
+    batch: clips at once; in every other update twelve times as many single frames of different ones.
+    """
     torch.manual_seed(seed + 72)
-    generator = torch.Generator().manual_seed(seed + 72)
-    pool, folder = draw_pool(clips, seed + 73), out / "i2v" / "vae"
+    generator = torch.Generator(DEVICE).manual_seed(seed + 72)
+    pool, folder = draw_pool(clips, seed + 73).to(DEVICE), out / "i2v" / "vae"
     vae = make_i2v_vae()
     if folder.exists():
         vae = AutoencoderKLTemporalDecoder.from_pretrained(folder, dtype=torch.float32)
-    average, follow = average_of(vae, 0.99)
+    average, follow = average_of(vae.to(DEVICE), 0.99)
+
+    def some(below: int, count: int):
+        return torch.randint(below, (count,), generator=generator, device=DEVICE)
 
     def loss_of(update):
         follow(update)
-        if update % 2:  # a clip, and in every other update single frames of different ones
-            frames, pictures = FRAMES, pool[torch.randint(len(pool), (1,), generator=generator)][0]
+        if update % 2:
+            frames, pictures = FRAMES, pool[some(len(pool), batch)].flatten(0, 1)
         else:
-            rows = torch.randint(len(pool), (12,), generator=generator)
-            frames, pictures = 1, pool[rows, torch.randint(FRAMES, (12,), generator=generator)]
+            frames, pictures = 1, pool[some(len(pool), 12 * batch), some(FRAMES, 12 * batch)]
         pictures, inside = (pictures.float() / 255).split([3, 1], dim=1)
         pictures = pictures * 2 - 1
         posterior = vae.encode(pictures).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator)
+        noise = torch.randn(posterior.mean.shape, generator=generator, device=DEVICE)
         decoded = vae.decode(posterior.mean + noise * posterior.std, num_frames=frames).sample
         loss = picture_loss(decoded, pictures, 1 + 5 * inside) + 1e-4 * posterior.kl().mean() / 64 / LATENT
         error = (decoded - pictures).abs()

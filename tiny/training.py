@@ -7,6 +7,8 @@ from torch import nn
 from tqdm import trange
 from world import FRAMES, SIZE, draw, pick, uniform
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of train_i2v.py; the others use a CPU
+
 
 def make_pool(combinations, clips: int, seed: int):
     """Clips of random combinations, half graded over the whole range, half dull as the video model's.
