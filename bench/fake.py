@@ -47,6 +47,18 @@ def count_attention():
 count_attention()
 
 
+def forget(tensor):
+    """As `offload.to_host`, of which nothing counts: (size, dtype) of what waits on the host."""
+    if tensor.is_leaf or not tensor.requires_grad:
+        return tensor, None
+    return tensor.shape, tensor.dtype
+
+
+def remember(saved):
+    first, dtype = saved
+    return first if dtype is None else torch.empty(first, dtype=dtype)
+
+
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of all storages alive that were made inside, their peak, operations, and launches.
 

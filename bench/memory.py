@@ -28,7 +28,7 @@ from unittest import mock
 import diffusers
 import torch
 import transformers
-from fake import LiveStorages, without_weights
+from fake import LiveStorages, forget, remember, without_weights
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -36,7 +36,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import rewards  # noqa: E402 (needs the line above)
 import vader  # noqa: E402
-from extras import clips, watch  # noqa: E402
+from extras import clips, offload, watch  # noqa: E402
 from extras.base_lora import prepare  # noqa: E402
 from extras.checks import check_settings  # noqa: E402
 
@@ -82,9 +82,7 @@ def size_of(tensor) -> int:
     return sum(getattr(tensor, name).nbytes for name in parts) if parts else tensor.nbytes
 
 
-def predict(
-    cfg: vader.Config, operations: dict | None = None, launches: dict | None = None
-) -> dict[str, float]:
+def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, float]:
     """The peak of each phase of one update in GB: {phase: GB}. Raises BadInput.
 
     operations, launches: get the update's, {"sampling", "score", "walk back": 1e12 and 1e6 of them}.
@@ -122,6 +120,10 @@ def predict(
             prepare(model, cfg)
         vader.add_lora(model, cfg)
         model.recompute()
+        if cfg.offload:
+            stack.enter_context(mock.patch.multiple(offload, to_host=forget, from_host=remember))
+            model.denoise = offload.inputs_on_host(model.denoise)
+            model.decode = offload.inputs_on_host(model.decode)
         optimizer = vader.make_optimizer(run)
         encoders = [model.image_encoder] if model.image_encoder else []
         scoring = [model.vae, *encoders, *networks] if cfg.offload else []
@@ -239,13 +241,11 @@ def write_table(measured: bool):
     if TABLE.exists():
         with open(TABLE, newline="") as stored:
             rows = {(row["model"], row["reward"], row["offload"]): row for row in csv.DictReader(stored)}
-    for model, (reward, offload) in [
-        *itertools.product(MODELS, ROWS),
-        *(("modelscope", (name, False)) for name in MORE),
-    ]:
-        key = model, reward, "yes" if offload else "no"
+    wanted = [(model, *row) for model, row in itertools.product(MODELS, ROWS)]
+    for model, reward, waits in [*wanted, *(("modelscope", name, False) for name in MORE)]:
+        key = model, reward, "yes" if waits else "no"
         frames = 16 if reward == "vjepa" and model != "svd" else None
-        cfg = vader.Config(model=model, reward=reward, offload=offload, decode_frames=frames, watch="none")
+        cfg = vader.Config(model=model, reward=reward, offload=waits, decode_frames=frames, watch="none")
         if key not in rows:
             found = predict(cfg, operations := {})
             found["peak"] = max(found.values())

@@ -283,15 +283,24 @@ def test_a_faulty_family_is_found(denoise, said, tmp_path, monkeypatch):
         walk(tmp_path)
 
 
-def test_offloading_moves_what_is_idle_and_changes_nothing(settings, monkeypatch):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_offloading_moves_what_is_idle_and_changes_nothing(checkpointing, settings, monkeypatch):
     """Where each network is in each phase, and the same gradient, by a device that only says its name."""
-    found, phases = [], []
+    found, phases, waiting = [], [], []
+
+    def counted(tensor, to_host=offload.to_host):
+        saved, device = to_host(tensor)
+        waiting.append(device is not None and saved.data_ptr() != tensor.data_ptr())
+        return saved, device
+
     for offloaded in (False, True):
-        run = load(replace(settings, reward="remove:star", reward_weights=TOY))
+        how = dict(reward="remove:star", reward_weights=TOY, checkpointing=checkpointing)
+        run = load(replace(settings, **how))
         (network,), places = run.terms["remove:star"][1].networks, {}
         for name, part in dict(denoiser=run.model.denoiser, vae=run.model.vae, reward=network).items():
             monkeypatch.setattr(part, "to", functools.partial(places.__setitem__, name))
         run.model.device = torch.device("cpu", 0)
+        monkeypatch.setattr(offload, "to_host", counted)
         if offloaded:
             offload.install(run, [network])
 
@@ -306,7 +315,7 @@ def test_offloading_moves_what_is_idle_and_changes_nothing(settings, monkeypatch
         vader.micro_batch(run, PROMPTS, 0, 0)
         found.append(gradients(run))
         monkeypatch.undo()
-    assert torch.equal(*found) and found[0].norm() > 0
+    assert torch.equal(*found) and found[0].norm() > 0 and any(waiting)
     assert phases[:3] == [("rollout", set()), ("score", set()), ("walk_back", set())]  # nothing moves
     idle = [("rollout", {"denoiser"}), ("score", {"reward", "vae"}), ("walk_back", {"denoiser"})]
     assert phases[3:] == idle

@@ -1,4 +1,11 @@
-"""--offload: the denoiser waits in host memory while VAE and rewards work, and these while it does."""
+"""--offload: the denoiser waits in host memory while VAE and rewards work, and these while it does.
+
+Of a graph only what it is computed again from is kept, the inputs of `rewards.checkpoint_blocks`' blocks, and
+these wait in host memory, too, until the walk back comes to their block.
+"""
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 
 def install(run, reward_networks: list):
@@ -29,5 +36,32 @@ def install(run, reward_networks: list):
 
         return call
 
-    model.denoise = with_networks(model.denoise, "denoising")
-    model.decode = with_networks(model.decode, "scoring")
+    model.denoise = with_networks(inputs_on_host(model.denoise), "denoising")
+    model.decode = with_networks(inputs_on_host(model.decode), "scoring")
+
+
+def inputs_on_host(method):
+    """The method, of whose graph the intermediate results wait in host memory."""
+
+    def call(*args, **kwargs):
+        with saved_tensors_hooks(to_host, from_host):
+            return method(*args, **kwargs)
+
+    return call
+
+
+def to_host(tensor):
+    """A result of the graph -> a copy in host memory, and where it was; what stays -> itself, None."""
+    if tensor.is_leaf or not tensor.requires_grad:
+        return tensor, None
+    copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+    if copy.stride() != tensor.stride():  # part of a row: whole, it would be rounded otherwise
+        return tensor, None
+    return copy.copy_(tensor, non_blocking=True), tensor.device
+
+
+def from_host(saved):
+    tensor, device = saved
+    if device is None:
+        return tensor
+    return tensor.to(device, non_blocking=True)

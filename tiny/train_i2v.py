@@ -147,7 +147,7 @@ def make_i2v_vae() -> AutoencoderKLTemporalDecoder:
 def train_i2v_vae(out: Path, updates: int, clips: int, seed: int, batch=1):
     """An autoencoder with SVD's temporal decoder, 8 x 8 x LATENT a frame; goes on from what is there.
 
-    batch: clips at once; in every other update twelve times as many single frames of different ones.
+    batch: clips at once; in two updates of three twelve times as many single frames of different ones.
     """
     torch.manual_seed(seed + 72)
     generator = torch.Generator(DEVICE).manual_seed(seed + 72)
@@ -162,7 +162,7 @@ def train_i2v_vae(out: Path, updates: int, clips: int, seed: int, batch=1):
 
     def loss_of(update):
         follow(update)
-        if update % 2:
+        if update % 3 == 0:
             frames, pictures = FRAMES, pool[some(len(pool), batch)].flatten(0, 1)
         else:
             frames, pictures = 1, pool[some(len(pool), 12 * batch), some(FRAMES, 12 * batch)]
@@ -172,7 +172,10 @@ def train_i2v_vae(out: Path, updates: int, clips: int, seed: int, batch=1):
         noise = torch.randn(posterior.mean.shape, generator=generator, device=DEVICE)
         decoded = vae.decode(posterior.mean + noise * posterior.std, num_frames=frames).sample
         loss = picture_loss(decoded, pictures, 1 + 5 * inside) + 1e-4 * posterior.kl().mean() / 64 / LATENT
-        error = (decoded - pictures).abs()
+        error = decoded - pictures
+        colour = error - error.mean(1, keepdim=True)  # or all stays grey for long
+        loss = loss + 2 * (colour.abs() * (1 + 5 * inside)).mean()
+        error = error.abs()
         on_object = (error * inside).sum() / (3 * inside.sum())
         return loss, {"error": error.mean(), "object": on_object, "std": posterior.std.mean()}
 

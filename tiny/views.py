@@ -34,7 +34,7 @@ SPAN = 1.8  # a scene is drawn from -SPAN to SPAN, of which a camera at rest see
 DRAWN = 192  # pixels of a scene
 FASTEST = 2.5  # percent of the frame a step, of each of the four rates
 SHAKE = 0.7  # percent of the frame
-FLATNESS = (3, 1, 2, 1)  # of the ground's texture: waves lie flat, and dunes
+FLATNESS = (2, 1, 2, 1)  # of the ground's texture: waves lie flat, and dunes
 
 
 def noise(n: int, channels: int, cells: int, generator, stretch=1):
@@ -59,11 +59,11 @@ def draw_scenes(place, generator):
 
     rough = torch.zeros(n, 1, DRAWN, DRAWN)
     for row, kind in enumerate(place.tolist()):
-        for cells in (7, 14, 24):
+        for cells in (7, 12):
             rough[row] += noise(1, 1, cells, generator, FLATNESS[kind])[0] / 2
-    soil = soil * (1 + 0.45 * rough) + 0.08 * rough
-    clouds = noise(n, 1, 5, generator) + 0.6 * noise(n, 1, 10, generator) + 0.4 * noise(n, 1, 20, generator)
-    sky = sky + 0.16 * clouds + 0.03 * noise(n, 3, 8, generator)
+    soil = soil * (1 + 0.3 * rough)
+    clouds = noise(n, 1, 5, generator) + 0.6 * noise(n, 1, 10, generator)
+    sky = sky + 0.09 * clouds
     scene = sky * (1 - ground) + soil * ground
     for row in (place == 1).nonzero().ravel().tolist():
         across, down = (uniform((60, 1, 1), -SPAN, SPAN, generator) for _ in range(2))
