@@ -181,8 +181,8 @@ def test_plan_follows_rewards_and_offloading(reward):
     denoiser = sum(p.numel() for p in UNet3DConditionModel.from_pretrained(TINY / "unet").parameters())
     saved = {name: 1e9 * (found[name] - offloaded[name]) for name in found}
     # what waits on the host, at 2 bytes a weight; the LoRA goes with the denoiser
-    assert saved["score"] == pytest.approx(2 * denoiser, rel=0.2)
     assert round(saved["rollout"]) == round(saved["walk back"]) == pytest.approx(2 * scoring, rel=0.05)
+    assert 1.1 * 2 * denoiser < saved["score"] < 1.5 * 2 * denoiser  # and of its graph the blocks' inputs
 
 
 MINE = """
@@ -244,12 +244,10 @@ def test_operations_are_those_of_a_real_update(settings):
     assert counted == pytest.approx(found, rel=0.01) and counted["sampling"] > counted["score"]
 
 
-def test_hours_are_operations_over_a_card_s_pace_or_launches(settings):
+def test_hours_are_operations_over_a_card_s_pace_and_launches(settings):
     operations, cfg = {"sampling": 900.0, "walk back": 100.0}, dataclasses.replace(settings, steps=36)
-    found = memory.hours(operations, {"sampling": 0.1, "walk back": 0.01}, cfg)
-    assert found["A100"] == pytest.approx(1000 * 36 / (312 * 0.4) / 3600)
-    found = memory.hours(operations, {"sampling": 1.0, "walk back": 0.01}, cfg)  # 50 s for 7.2
-    assert found["A100"] == pytest.approx((50 + 100 / (312 * 0.4)) * 36 / 3600)
+    found = memory.hours(operations, {"sampling": 1.0, "walk back": 0.5}, cfg)
+    assert found["A100"] == pytest.approx((1000 / (312 * 0.4) + 57) * 36 / 3600)  # 1.5 million of 38e-6 s
 
 
 def peak_of_an_update(cfg):

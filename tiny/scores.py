@@ -269,6 +269,6 @@ def load_run(cfg, folder: Path, prompts):
 
 def sampled(model: str, folder: Path, prompts):
     """A video per prompt by vader.py's own sampling, as the preset says: (n, F, 3, 64, 64)."""
-    run = load_run(vader.resolve(vader.Config(model=model, reward="colorful", watch="none")), folder, prompts)
+    run = load_run(vader.resolve(vader.Config(model=model, mode="sample")), folder, prompts)
     parts = [vader.make_videos(run, prompts[i : i + 8], i) for i in trange(0, len(prompts), 8, desc=model)]
     return torch.cat(parts)

@@ -32,7 +32,7 @@ from world import (
 PHOTOS = ("cat", "rocket")
 SPAN = 1.8  # a scene is drawn from -SPAN to SPAN, of which a camera at rest sees -1 to 1
 DRAWN = 192  # pixels of a scene
-FASTEST = 2.5  # percent of the frame a step, of each of the four rates
+FASTEST = 4  # percent of the frame a step, of each of the four rates
 SHAKE = 0.7  # percent of the frame
 FLATNESS = (2, 1, 2, 1)  # of the ground's texture: waves lie flat, and dunes
 
