@@ -62,6 +62,7 @@ def test_frames_and_gradients_are_those_of_the_layers_apart(change, settings):
         assert same_base(run, before)
     (ours, our_gradient), (apart, gradient) = found
     torch.testing.assert_close(ours, apart, rtol=0, atol=3e-5)  # 1.03e-5 was seen
+    assert (ours - apart).abs().mean() < 1e-6
     assert (our_gradient - gradient).norm() < 1e-4 * gradient.norm()
     with run.model.denoiser.disable_adapter():
         assert (frames_of(run, vader.rollout(run, given)[-1]) - apart).abs().max() > 1e-2

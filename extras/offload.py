@@ -1,7 +1,7 @@
 """--offload: the denoiser waits in host memory while VAE and rewards work, and these while it does.
 
-Of a graph only what it is computed again from is kept, the inputs of `rewards.checkpoint_blocks`' blocks, and
-these wait in host memory, too, until the walk back comes to their block.
+What a graph keeps for its backward pass waits in host memory, too, until that pass comes to it: with
+checkpointing little more than the inputs of the blocks that are computed again.
 """
 
 import torch
@@ -55,7 +55,7 @@ def to_host(tensor):
     if tensor.is_leaf or not tensor.requires_grad:
         return tensor, None
     copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-    if copy.stride() != tensor.stride():  # part of a row: whole, it would be rounded otherwise
+    if copy.stride() != tensor.stride():  # a view with gaps: without them kernels may round otherwise
         return tensor, None
     return copy.copy_(tensor, non_blocking=True), tensor.device
 

@@ -9,8 +9,8 @@ Takes about six hours on 2 cores: CLIP 11 minutes, autoencoder 25, U-Net 42, aes
 other rewards about 120, ask 52; image to video about 50 and 30 on one core, Wan about 50, few 65 on one.
 
 tiny/i2v and images/ are of an earlier train_i2v.py, on world.py's plain clips: those of views.py are to come.
-On these an autoencoder was good after 4,400 updates (30 minutes on two cores, in bf16), a U-Net was not after
-5,100: guided, its camera stands still, and objects lose their shape.
+On these an autoencoder was good after 3,006 updates, and 2,265 before on stronger texture (35 minutes on two
+cores, in bf16), a U-Net was not after 5,198: guided, its camera stands still, and objects lose their shape.
 
 The weights in the repository were trained in pieces that shared the two cores, remove first on shapes that
 were not bent (4,000 updates) and then on bent ones (1,800), clip first without spoiled pictures (4,000) and
@@ -67,7 +67,7 @@ def main():
         train_remove(out, pool, 4000, seed)
         train_action(out, pool, 5000, seed)
         train_ask(out, make_pool(SEEN, 3072, seed + 60), 3000, seed)
-        train_i2v_vae(out, 4400, 4160, seed)
+        train_i2v_vae(out, 5300, 4160, seed)
         train_i2v_unet(out, 3200, 5008, seed)
         save_i2v(out)
         for leg in range(3):
