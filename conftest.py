@@ -153,7 +153,6 @@ def gradient_error(run, batch, plain):
 def plain_video(run, batch):
     """A batch's picked frames, with one plain graph through sampler and VAE."""
     cfg, model, schedule, x = run.cfg, run.model, run.schedule, run.schedule.start * batch.noise
-    w = model.guidance(cfg.guidance_scale, x.shape[2])
     for i, t in enumerate(schedule.t):
         with torch.set_grad_enabled(i >= min(batch.trained)):
             seen = torch.lerp(x.detach(), x, cfg.coupling)
@@ -161,6 +160,7 @@ def plain_video(run, batch):
                 model.denoise(schedule.c[i] * seen, t, cond) for cond in (batch.cond, batch.uncond)
             )
             f_uncond = f_uncond.detach() if cfg.detach_uncond else f_uncond
+            w = model.guidance(cfg.guidance_scale, t, x.shape[2])
             f = f_uncond + w * (f - f_uncond)
             x = schedule.a[i] * x + schedule.b[i] * (f if i in batch.trained else f.detach())
     return model.decode(x, batch.picks)

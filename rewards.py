@@ -616,6 +616,14 @@ def weighted_rewards(terms, video, prompts, chunk=1, scale=None):
     return totals
 
 
+def networks_of(terms: dict) -> nn.ModuleList:
+    """The networks of rewards, so that they can be moved."""
+    networks = nn.ModuleList()
+    for _, reward in terms.values():
+        networks.extend(getattr(reward, "networks", []))
+    return networks
+
+
 # ---- 5. Loading weights, from a folder or the hub ----------------------------------------------------------
 def as_bad_input(problem):
     """A context that turns what a library raises on a damaged file into BadInput. Never put it around code
@@ -666,6 +674,11 @@ def read_json(path):
         return dict(json.loads(path.read_text(encoding="utf-8")).items())
 
 
+def read_config(source: str, name: str) -> dict:
+    """A json file of a model that is a folder or a hub id (then it is downloaded). Raises BadInput."""
+    return read_json(fetch(source, name, "--model"))
+
+
 def pick_files(names, network, half):
     """Which files of a folder to load: safetensors before .bin, fp16 if `half`; none if one is missing."""
     if not network:  # what a tokenizer, or a processor, can't do without
@@ -685,9 +698,10 @@ def pick_files(names, network, half):
     return []
 
 
-def load(kind, source, flag, subfolder="", dtype=None, device=None, more=()):
+def load(kind, source, flag, subfolder="", dtype=None, device=None, more=(), options=()):
     """`kind.from_pretrained` of a folder or hub id, whose weights must all be there, be used, and be finite.
-    device: of what is to be `frozen`; more: how keys begin that only the published file holds."""
+    device: of what is to be `frozen`; more: how keys begin that only the published file holds.
+    options: more arguments of from_pretrained, which quantise."""
     network = hasattr(kind, "state_dict") or "AutoModel" in kind.__name__
     half = dtype in (torch.float16, torch.bfloat16)
     config = "config.json" if network else "tokenizer_config.json"
@@ -707,12 +721,18 @@ def load(kind, source, flag, subfolder="", dtype=None, device=None, more=()):
         if not network:
             return kind.from_pretrained(str(folder), local_files_only=True)
         variant = "fp16" if ".fp16" in files[0] else None
-        made, info = kind.from_pretrained(str(folder), dtype=dtype, variant=variant, output_loading_info=True)
+        options = dict(dtype=dtype, variant=variant, output_loading_info=True, **dict(options))
+        made, info = kind.from_pretrained(str(folder), **options)
     odd = [*info["missing_keys"], *info["mismatched_keys"]]
     odd += [key for key in info["unexpected_keys"] if not key.startswith(more)]
     some = ", ".join(map(str, odd[:3]))
     require(not odd, f"{flag}: weights are missing or odd in {folder}, get it again: {some}")
-    check_finite(made, folder)
+    if options:
+        from extras.base_lora import check_quantised
+
+        check_quantised(made, folder)
+    else:
+        check_finite(made, folder)
     return made if device is None else frozen(made, device, dtype)
 
 

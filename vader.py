@@ -31,7 +31,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -64,7 +63,7 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import rewards
-from rewards import evenly_spaced, require
+from rewards import evenly_spaced, read_config, require
 
 # Run or pasted, this module is called __main__. Without this line, models/ would import a second copy.
 sys.modules.setdefault("vader", sys.modules[__name__])
@@ -104,7 +103,8 @@ class Config:
     guidance_scale: float | None = arg(None, "classifier-free guidance; 1 is off, half the time")
     fps: float | None = arg(None, "frames a second, at which the written videos play")
     eta: float = arg(0.0, "share of noise added at each DDIM step; 0 is deterministic")
-    timestep_spacing: Literal["trailing", "leading", "linspace"] = arg("trailing", "leading hardly trains")
+    timestep_spacing: Literal["auto", "trailing", "leading", "linspace"] = arg("auto", "where the steps lie")
+    shift: float | None = arg(None, "of Wan's steps towards noise: 5 for most few-step LoRAs, with trailing")
     # the gradient and the reward
     backprop_steps: int = arg(1, "K, denoising steps that get a gradient; costs time, not memory")
     grad_steps: Literal["auto", "last", "spread", "strongest"] = arg("auto", "which K; auto: the model's")
@@ -114,7 +114,7 @@ class Config:
     decode_chunk: int = arg(1, "frames decoded at once; costs memory")
     checkpointing: bool | None = arg(None, "recompute activations: less memory, more time; default on a GPU")
     offload: bool = arg(False, "networks that are idle wait in host memory: less memory, more time")
-    quantize: Literal["none", "int8", "nf4"] = arg("none", "of the frozen denoiser and `ask`: less memory")
+    quantize: Literal["auto", "none", "int8", "nf4"] = arg("auto", "of the denoiser and `ask`: less memory")
     reward_weights: str | None = arg(None, "folder with sub-folders of rewards, to load these from")
     vlm: str | None = arg(None, "folder or hub id of the vision-language model of the reward ask")
     # the optimiser and the LoRA
@@ -220,6 +220,7 @@ class Schedule(NamedTuple):
     c: list[float]
     s: list[float]
     start: float = 1.0  # scale of the first noise
+    own: tuple = ()  # the steps of the network that trains, where a model has several
 
     def leverage(self, i: int) -> float:
         """How far the result moves per unit of step i's output: |b[i]| times every |a| after it."""
@@ -261,19 +262,11 @@ def straight_through_clamp(x):
     return x + (x.clamp(0, 1) - x).detach()
 
 
-def read_config(source: str, name: str) -> dict:
-    """A json file of a model that is a folder or a hub id (then it is downloaded). Raises BadInput."""
-    return rewards.read_json(rewards.fetch(source, name, "--model"))
-
-
 class VideoModel:
     """What all models share; a family gives what differs."""
 
-    schedule: Callable  # each family writes these three methods, see TextToVideoUNet
-    encode_text: Callable
-    decode: Callable
-    rollout: Callable  # only with --clips, by extras/clips.py: what replaces the functions below
-    walk_back: Callable
+    schedule = encode_text = decode = None  # each family writes these methods, see TextToVideoUNet
+    rollout = walk_back = None  # only with --clips, by extras/clips.py: what replaces the functions below
     presets = {}  # {a name for --model: {"source": hub id or folder, a field of Config: its default}}
     text_pipeline = None  # the stock pipeline, for its encode_prompt
     lora_pipeline = None  # the stock pipeline, where its load_lora_weights works
@@ -288,11 +281,12 @@ class VideoModel:
     max_tokens = None  # how much of a prompt is read; None: what the tokenizer says
     images = "no"  # whether a video starts from an image: no, may, must
     fps = 8  # frames a second, as the model was trained
+    base_lora = None  # the name of the LoRA that is fused into the base
+    quantization = {}  # arguments of from_pretrained, by which the denoiser is quantised
 
     def __init__(self, source: str, device: str, dtype: torch.dtype):
         self.source, self.device, self.dtype = source, device, dtype
         self.denoiser = self.vae = self.image_encoder = None
-        self.base_lora = None  # the name of the LoRA that is fused into the base
 
     @classmethod
     def variant(cls, source: str) -> type:
@@ -319,11 +313,15 @@ class VideoModel:
                 parts[name] = None
         return pipeline(**parts).to(self.device)
 
+    def load_denoiser(self, folder: str):
+        """One of the checkpoint's denoisers, quantised weight by weight if there is a quantization."""
+        kind, options = self.denoiser_class, self.quantization
+        return rewards.load(kind, self.source, "--model", folder, self.dtype, options=options)
+
     def load(self):
         """Load the denoiser and the VAE, frozen, without dropout (recomputing must give the same numbers)."""
-        load = functools.partial(rewards.load, source=self.source, flag="--model", dtype=self.dtype)
-        self.denoiser = self.denoiser or load(self.denoiser_class, subfolder=self.folder)
-        self.vae = self.vae or load(self.vae_class, subfolder="vae")
+        self.denoiser = self.denoiser or self.load_denoiser(self.folder)
+        self.vae = self.vae or rewards.load(self.vae_class, self.source, "--model", "vae", self.dtype)
         for network in (self.denoiser, self.vae):
             network.to(self.device).eval().requires_grad_(False)
 
@@ -343,14 +341,18 @@ class VideoModel:
         """Which latent frame holds this frame; the first one holds frame 0 alone."""
         return (frame + self.frames_per_latent - 1) // self.frames_per_latent
 
-    def guidance(self, scale: float, frames: int):
-        """Classifier-free guidance scale: a number, or (F, 1, 1) for latents (B, C, F, H, W)."""
+    def guidance(self, scale: float, t, frames: int):
+        """Classifier-free guidance scale at t: a number, or (F, 1, 1) for latents (B, C, F, H, W)."""
         return scale
+
+    def expert(self, t):
+        """The network that denoises at t."""
+        return self.denoiser
 
     def denoise(self, x, t, cond):
         """x: (B, C, F, H, W) float32, t: (), cond: dict of (B, ...) -> f: (B, C, F, H, W) float32."""
-        t = t.to(self.device).expand(len(x))
-        return self.denoiser(x.to(self.dtype), timestep=t, **cond).sample.float()
+        times = t.to(self.device).expand(len(x))
+        return self.expert(t)(x.to(self.dtype), timestep=times, **cond).sample.float()
 
 
 # Defaults that models share: those with published weights, and those in tiny/.
@@ -468,13 +470,14 @@ def pick_latent_frames(run: Run, generator) -> list[int]:
 
 def trained_steps(run: Run) -> list[int]:
     """Which K of the T sampling steps train: the last (DRaFT-K), spread (DRTune), or of most leverage."""
-    K, T = run.cfg.backprop_steps, len(run.schedule.t)
+    K = run.cfg.backprop_steps
+    steps = list(run.schedule.own or range(len(run.schedule.t)))
     if run.cfg.grad_steps == "strongest":
-        by_leverage = sorted(range(T), key=run.schedule.leverage)
+        by_leverage = sorted(steps, key=run.schedule.leverage)
         return sorted(by_leverage[-K:])
     if run.cfg.grad_steps == "spread" and K > 1:
-        return evenly_spaced(K, T)
-    return list(range(T - K, T))
+        return [steps[n] for n in evenly_spaced(K, len(steps))]
+    return steps[-K:]
 
 
 @torch.no_grad()
@@ -483,7 +486,6 @@ def rollout(run: Run, batch: Batch) -> list:
     if run.cfg.clips:
         return run.model.rollout(run, batch)
     model, schedule, cond = run.model, run.schedule, batch.cond
-    w = model.guidance(run.cfg.guidance_scale, batch.noise.shape[2])
     guided = run.cfg.guidance_scale != 1
     if guided:
         cond = {name: torch.cat([batch.uncond[name], value]) for name, value in cond.items()}
@@ -494,6 +496,7 @@ def rollout(run: Run, batch: Batch) -> list:
         f = model.denoise(torch.cat([scaled, scaled]) if guided else scaled, t, cond)
         if guided:
             f_uncond, f_cond = f.chunk(2)
+            w = model.guidance(run.cfg.guidance_scale, t, x.shape[2])
             f = f_uncond + w * (f_cond - f_uncond)
         x = schedule.a[i] * x + schedule.b[i] * f
         if schedule.s[i] > 0:
@@ -532,16 +535,16 @@ def walk_back(run: Run, batch: Batch, latents, g):
     input counts cfg.coupling times: 1 is exact (DRaFT-K), 0 leaves it out (DRTune).
     """
     cfg, model, schedule = run.cfg, run.model, run.schedule
-    w = model.guidance(cfg.guidance_scale, g.shape[2])
-    branches = [(batch.cond, w)]  # f = w f_cond + (1 - w) f_uncond
-    if cfg.guidance_scale != 1 and not cfg.detach_uncond:
-        branches.append((batch.uncond, 1 - w))
     earliest = min(batch.trained)
     for i in range(len(schedule.t) - 1, earliest - 1, -1):
         a, b, c, t = schedule.a[i], schedule.b[i], schedule.c[i], schedule.t[i]
         if i not in batch.trained:
             g = a * g
             continue
+        w = model.guidance(cfg.guidance_scale, t, g.shape[2])
+        branches = [(batch.cond, w)]  # f = w f_cond + (1 - w) f_uncond
+        if cfg.guidance_scale != 1 and not cfg.detach_uncond:
+            branches.append((batch.uncond, 1 - w))
         x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)  # not for the first one
         for cond, share in branches:
             f = model.denoise(c * x, t, cond)
@@ -799,8 +802,10 @@ FAMILIES = {
     "models.cogvideox.CogVideoX": ("cogvideox", "cogvideox-5b", "CogVideoXPipeline"),
     "models.ltx.LTX": ("ltx", "LTXPipeline", "LTXImageToVideoPipeline"),
     "models.svd.StableVideoDiffusion": ("svd", "tiny-i2v", "StableVideoDiffusionPipeline"),
-    "models.wan.Wan": ("wan", "tiny-wan", "WanPipeline"),
+    "models.wan.Wan": ("wan", "wan-14b", "tiny-wan", "WanPipeline"),
     "models.wan.Wan22": ("wan2.2-5b",),
+    "models.wan.WanA14B": ("wan2.2-a14b",),
+    "models.wan.WanA14BHigh": ("wan2.2-a14b-high",),
 }
 
 
@@ -849,6 +854,8 @@ def resolve(cfg: Config, reward=None) -> Config:
         cfg = with_lora(cfg)
     family, _, preset = find_model(cfg.model)
     preset = dict(fps=family.fps, grad_steps=family.grad_steps, lora_targets=ATTENTION) | preset
+    preset = dict(quantize="none", timestep_spacing="trailing") | preset
+    cfg = replace(cfg, offload=cfg.offload or preset.get("offload", False))
     preset["num_frames"] *= cfg.clips or 1
     cfg = fill_in(cfg, **preset, checkpointing=cfg.device != "cpu")
     kind = {"sample": "sample-", "eval": "eval-"}.get(cfg.mode, "")
@@ -867,14 +874,6 @@ def make_model(cfg: Config) -> VideoModel:
     return family(source, cfg.device, DTYPES[cfg.dtype])
 
 
-def networks_of(terms: dict) -> torch.nn.ModuleList:
-    """The networks of rewards, so that they can be moved."""
-    networks = torch.nn.ModuleList()
-    for _, reward in terms.values():
-        networks.extend(getattr(reward, "networks", []))
-    return networks
-
-
 def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     """Load the rewards (not in sample mode), encode the prompts, then load denoiser, LoRA and VAE."""
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the float32 adapters
@@ -891,13 +890,13 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
 
         run.judges = watch.load_judges(cfg, texts)
         checks.try_rewards(run, texts)
-    networks = networks_of(run.terms).to("cpu")  # room for the text encoder, maybe the largest of all
+    networks = rewards.networks_of(run.terms).to("cpu")  # room for the text encoder, maybe the largest of all
     run.conds = model.encode(list(dict.fromkeys([*prompts, Prompt(cfg.negative_prompt)])), cfg)
-    model.load()
     if cfg.base_lora or cfg.quantize != "none":
         from extras.base_lora import prepare
 
         prepare(model, cfg)
+    model.load()
     if cfg.lora or cfg.mode in ("train", "strength"):
         add_lora(model, cfg)
     if EXTRAS.is_dir():

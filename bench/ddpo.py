@@ -34,7 +34,7 @@ def log_prob(run, batch, i: int, x, x_next):
     f = model.denoise(c * x, t, batch.cond)
     if w != 1:
         nothing = model.denoise(c * x, t, batch.uncond)
-        f = nothing + model.guidance(w, x.shape[2]) * (f - nothing)
+        f = nothing + model.guidance(w, t, x.shape[2]) * (f - nothing)
     distance = (x_next.double() - (a * x + b * f).double()) / s
     return (-(distance**2) / 2 - math.log(s) - math.log(2 * math.pi) / 2).sum((1, 2, 3, 4))
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import flop_registry, register_flop_formula
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import rewards  # noqa: E402 (needs the line above)
+from extras.base_lora import quantize  # noqa: E402
 
 
 def attention(query, key, value, *_, **__) -> int:
@@ -57,6 +58,47 @@ def forget(tensor):
 def remember(saved):
     first, dtype = saved
     return first if dtype is None else torch.empty(first, dtype=dtype)
+
+
+class Product(torch.autograd.Function):
+    """x W', where W is there in full only while it is multiplied, here and in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, out: int):
+        ctx.width = x.shape[-1]
+        return x @ x.new_empty(out, ctx.width).T
+
+    @staticmethod
+    def backward(ctx, g):
+        return g @ g.new_empty(g.shape[-1], ctx.width), None
+
+
+class FourBit(torch.nn.Linear):
+    """A linear layer without content as bitsandbytes' Linear4bit keeps it, which takes no fake weights.
+
+    Of a weight of n numbers: n / 2 bytes, a scale for 64 numbers in a byte, one in 4 bytes for 256 of these.
+    """
+
+    def __init__(self, layer: torch.nn.Linear):
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = layer.in_features, layer.out_features, layer.bias
+        count = layer.weight.numel()
+        size = count // 2 + count // 64 + 4 * (count // (64 * 256))
+        self.weight = torch.nn.Parameter(torch.empty(size, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, x):
+        y = Product.apply(x, self.out_features)
+        return y if self.bias is None else y + self.bias
+
+
+def quantise_without_weights(network, kind: str):
+    """As diffusers does while it loads; what it keeps in float32 for its precision, it does not quantise."""
+    kept = getattr(network, "_keep_in_fp32_modules", None) or []
+    if kind == "int8":
+        return quantize(network, "int8", torch.bfloat16)
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and not set(name.split(".")) & set(kept):
+            network.set_submodule(name, FourBit(layer))
 
 
 class LiveStorages(TorchDispatchMode):
@@ -139,13 +181,22 @@ def without_weights(memory: LiveStorages | None = None, device="cpu"):
         64,
     )
 
-    def network(cls, folder, subfolder=None, dtype=None, torch_dtype=None, **_):
+    def network(cls, folder, subfolder=None, dtype=None, torch_dtype=None, quantization_config=None, **_):
         before, peak = torch.get_default_dtype(), memory.peak if memory else 0
         torch.set_default_dtype(dtype or torch_dtype or torch.float32)
+        kind = quantization_config and ("nf4" if "nf4" in str(quantization_config) else "int8")
         try:
-            with torch.device(device):
+            with torch.device("cpu" if kind else device):
                 if issubclass(cls, diffusers.ModelMixin):
-                    return cls.from_config(cls.load_config(folder, subfolder=subfolder)).eval()
+                    made = cls.from_config(cls.load_config(folder, subfolder=subfolder)).eval()
+                    if kind and not memory:
+                        quantize(made, kind, dtype, device)
+                    elif kind:
+                        largest = max(p.nbytes for p in made.parameters())
+                        quantise_without_weights(made, kind)
+                        gc.collect()
+                        memory.peak = max(peak, memory.now + largest)  # the library reads one after the other
+                    return made
                 config = cls.config_class.from_pretrained(folder, subfolder=subfolder or "")
                 made = cls._from_config(config, dtype=torch.get_default_dtype())
             made.tie_weights()
@@ -156,12 +207,12 @@ def without_weights(memory: LiveStorages | None = None, device="cpu"):
         finally:
             torch.set_default_dtype(before)
 
-    def load(kind, source, flag, subfolder="", dtype=None, device=None, more=()):
+    def load(kind, source, flag, subfolder="", dtype=None, device=None, more=(), options=()):
         if kind is transformers.AutoProcessor:
             return chat
         if kind is transformers.AutoModelForImageTextToText:
             kind = transformers.SmolVLMForConditionalGeneration
-        made = kind.from_pretrained(source, subfolder=subfolder, dtype=dtype)
+        made = kind.from_pretrained(source, subfolder=subfolder, dtype=dtype, **dict(options))
         return made if device is None else as_on_a_gpu(made, device, dtype)
 
     def image_features(self, pixel_values, pixel_attention_mask=None, **_):

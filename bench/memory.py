@@ -43,6 +43,7 @@ from extras.checks import check_settings  # noqa: E402
 CONFIGS, TABLE = HERE / "configs", HERE / "memory.csv"
 MODELS = ("modelscope", "zeroscope", "animatediff", "svd", "cogvideox", "cogvideox-5b", "ltx")
 MODELS += ("wan", "anyflow", "wan2.2-5b")
+LARGE = ("wan-14b", "wan2.2-a14b")  # always in nf4 and with --offload
 # Half-precision peaks that NVIDIA publishes, 1e12 operations a second, dense, sums in float32.
 CARDS = {"T4": 65, "RTX 4060 Ti": 44, "RTX 4080": 97, "A100": 312, "H200": 989}
 UTILISATION = 0.4  # of these, assumed; what was measured is in bench/README.md
@@ -58,10 +59,12 @@ def resolve(cfg: vader.Config) -> tuple[vader.Config, list[vader.Prompt]]:
     if (CONFIGS / model).is_dir():
         _, _, preset = vader.find_model(model)
         preset = preset | dict(num_frames=preset["num_frames"] * (cfg.clips or 1))
-        known |= {name: value for name, value in preset.items() if getattr(cfg, name, "") is None}
+        auto = (None, "auto")
+        known |= {name: value for name, value in preset.items() if getattr(cfg, name, "") in auto}
+        known["offload"] = cfg.offload or preset.get("offload", False)
         model = str(CONFIGS / model)
     cfg = dataclasses.replace(cfg, model=model, **known)
-    check_settings(cfg)
+    check_settings(dataclasses.replace(cfg, quantize="none"))  # nf4 is refused where there is no GPU
     cfg = vader.resolve(cfg)
     family, _, _ = vader.find_model(model)
     image = str(HERE.parent / "tiny" / "photo-cat.jpg") if family.images == "must" else None
@@ -89,10 +92,12 @@ def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, floa
     """
     cfg, prompts = resolve(cfg)
     videos, T, K = cfg.grad_accum, cfg.num_inference_steps, cfg.backprop_steps
-    times = vader.make_model(cfg).schedule(cfg).t[:1]
+    sampler = vader.make_model(cfg).schedule(cfg)
+    times = sampler.t[list(sampler.own[:1] or [0])]  # a step of the network that trains
     cfg = dataclasses.replace(cfg, num_inference_steps=1, backprop_steps=1)
     schedule = vader.Schedule(times, [1.0], [1.0], [1.0], [0.0])  # one step is as large as any
     found, idle = {}, 0  # idle: bytes that wait on the host
+    always = []  # networks that do in each phase
     counted = {"operations": {}, "launches": {}}  # by phase
 
     def phase(name, *waiting):
@@ -102,7 +107,8 @@ def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, floa
             before[name] = getattr(memory, kind) - sum(before.values())
         gc.collect()
         found[name] = (memory.peak - idle) / 1e9
-        idle = sum(map(size_of, {p for part in waiting for p in part.parameters()}))
+        parts = [*waiting, *always]
+        idle = sum(map(size_of, {p for part in parts for p in part.parameters()}))
         memory.peak = memory.now
 
     with ExitStack() as stack:
@@ -115,9 +121,13 @@ def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, floa
         phase("rewards", *networks)
         run.conds = model.encode([*prompts, vader.Prompt("")], cfg)
         phase("encoding prompts", *networks)
-        model.load()
         if cfg.quantize != "none" or cfg.base_lora:
             prepare(model, cfg)
+        if cfg.offload and hasattr(model, "other"):  # it is only there when its steps come
+            model.other = model.load_denoiser(model.other_folder)
+            always.append(model.other)
+            phase("loading the other denoiser", *networks)
+        model.load()
         vader.add_lora(model, cfg)
         model.recompute()
         if cfg.offload:
@@ -240,7 +250,9 @@ def write_table(measured: bool):
         with open(TABLE, newline="") as stored:
             rows = {(row["model"], row["reward"], row["offload"]): row for row in csv.DictReader(stored)}
     wanted = [(model, *row) for model, row in itertools.product(MODELS, ROWS)]
-    for model, reward, waits in [*wanted, *(("modelscope", name, False) for name in MORE)]:
+    wanted += [("modelscope", name, False) for name in MORE]
+    wanted += [(model, "hps", True) for model in LARGE]
+    for model, reward, waits in wanted:
         key = model, reward, "yes" if waits else "no"
         frames = 16 if reward == "vjepa" and model != "svd" else None
         cfg = vader.Config(model=model, reward=reward, offload=waits, decode_frames=frames, watch="none")

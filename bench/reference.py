@@ -28,13 +28,14 @@ def one_graph(run, batch):
     With run.cfg.coupling 1 also through the steps' inputs, else not; run.cfg.detach_uncond is followed.
     """
     cfg, model, schedule = run.cfg, run.model, run.schedule
-    x, w = schedule.start * batch.noise, model.guidance(cfg.guidance_scale, batch.noise.shape[2])
+    x = schedule.start * batch.noise
     both = {name: torch.cat([batch.uncond[name], batch.cond[name]]) for name in batch.cond}
     for i, t in enumerate(schedule.t):
         with torch.set_grad_enabled(i >= min(batch.trained)):
             seen = x if cfg.coupling == 1 else x.detach()
             f_uncond, f_cond = model.denoise(schedule.c[i] * torch.cat([seen, seen]), t, both).chunk(2)
             f_uncond = f_uncond.detach() if cfg.detach_uncond else f_uncond
+            w = model.guidance(cfg.guidance_scale, t, x.shape[2])
             x = schedule.a[i] * x + schedule.b[i] * (f_uncond + w * (f_cond - f_uncond))
     video, texts = model.decode(x, batch.picks), [prompt.text for prompt in batch.prompts]
     (-sum(weight * reward(video, texts) for weight, reward in run.terms.values()).mean()).backward()

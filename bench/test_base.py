@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 
 import vader
 from conftest import PROMPTS, checked, load
-from extras.base_lora import quantize
 from rewards import BadInput
 
 TARGETS = {"small": "to_q,to_v,conv1", "wan": "to_q,to_v,net.0.proj", "animatediff": "to_q,to_v,proj_in"}
@@ -252,25 +251,3 @@ def test_what_can_not_be_quantised_is_one_line(settings, monkeypatch):
     for kind, library in (("nf4", "bitsandbytes"), ("int8", "torchao")):
         with pytest.raises(BadInput, match=f"--quantize {kind} is not installed: pip install {library}"):
             checked(replace(settings, quantize=kind))
-
-
-def test_nf4_replaces_every_linear_layer_by_the_library_s(settings, monkeypatch):
-    """With a mock of bitsandbytes, which needs a GPU: what it is given, not what it does."""
-    made = types.ModuleType("bitsandbytes")
-
-    class Linear4bit(torch.nn.Linear):
-        def __init__(self, width, out, bias, compute_dtype, quant_type, device):
-            assert quant_type == "nf4" and compute_dtype == torch.float32
-            super().__init__(width, out, bias, device=device)
-
-    made.nn = types.SimpleNamespace(
-        Linear4bit=Linear4bit,
-        Params4bit=lambda data, requires_grad, quant_type: torch.nn.Parameter(data, requires_grad),
-    )
-    monkeypatch.setitem(sys.modules, "bitsandbytes", made)
-    run = load(replace(settings, mode="sample"), randomise=False)
-    before = {name: w.clone() for name, w in run.model.denoiser.state_dict().items()}
-    quantize(run.model.denoiser, "nf4", torch.float32)
-    kinds = {type(part) for part in run.model.denoiser.modules() if isinstance(part, torch.nn.Linear)}
-    assert kinds == {Linear4bit}
-    assert all(torch.equal(w, before[name]) for name, w in run.model.denoiser.state_dict().items())

@@ -177,12 +177,12 @@ def walk(folder, model="modelscope", dtype="bf16", image=None, own=None, **setti
         return values
 
     def judges_are_on(device):
-        weights = vader.networks_of(run.judges).parameters()
+        weights = rewards.networks_of(run.judges).parameters()
         return all(p.device.type == device for p in weights)
 
     with fake_gpu(), mock.patch.object(family, "schedule", lambda *_: schedule):
         run = vader.load_run(cfg, prompts, own)
-        assert judges_are_on("cpu") and (len(vader.networks_of(run.judges)) > 0) == (cfg.watch != "none")
+        assert judges_are_on("cpu") and (len(rewards.networks_of(run.judges)) > 0) == (cfg.watch != "none")
         check_values(vader.micro_batch(run, prompts, 0, 0))
         assert judges_are_on("cpu")
         check_weights(run, denoising=True, scoring=False)

@@ -33,6 +33,7 @@ from conftest import (
 )
 from extras.images import read_image
 from extras.prompts import check_prompt_file
+from models.wan import WanA14BHigh
 from rewards import BadInput
 from vader import HERE, Config, Prompt
 
@@ -106,7 +107,7 @@ def build_t5_tokenizer():
 
 
 def build_wan(folder: Path, kind="2.1"):
-    """kind: 2.1, 2.2 (of TI2V 5B's layout), anyflow."""
+    """kind: 2.1, 2.2 (of TI2V 5B's layout), a14b (with two transformers), anyflow."""
     heads = dict(num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=48, freq_dim=32)
     heads |= dict(text_dim=32, in_channels=16, out_channels=16)
     vae, stock, how = dict(base_dim=16, z_dim=16, dim_mult=[1, 2, 2, 2]), diffusers.WanPipeline, {}
@@ -120,6 +121,8 @@ def build_wan(folder: Path, kind="2.1"):
     if kind == "anyflow":
         network, stock = diffusers.AnyFlowTransformer3DModel, diffusers.AnyFlowPipeline
         scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=5.0)
+    if kind == "a14b":
+        how = dict(transformer_2=randomised(network(**heads)), boundary_ratio=0.7)
     text = dict(d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2, vocab_size=64)
     stock(
         tokenizer=build_t5_tokenizer(),
@@ -199,6 +202,8 @@ BUILDERS = {
     "wan": build_wan,
     "wan22": functools.partial(build_wan, kind="2.2"),
     "wan22-image": functools.partial(build_wan, kind="2.2"),
+    "wan-a14b": functools.partial(build_wan, kind="a14b"),
+    "wan-a14b-high": functools.partial(build_wan, kind="a14b"),
     "anyflow": functools.partial(build_wan, kind="anyflow"),
     "cogvideox": build_cogvideox,
     "cogvideox-5b": functools.partial(build_cogvideox, rotary=True),
@@ -229,12 +234,21 @@ def other(request, checkpoints, tmp_path, monkeypatch):
         lines = [json.dumps({"prompt": text, "image": f"{n}.jpg"}) for n, text in enumerate(lines)]
     file.write_text("\n".join(lines))
     cfg = Config(model=str(folder), prompts=str(file), eval_prompts=str(file), **how)
+    if kind.startswith("wan-a14b"):
+        cfg = replace(cfg, quantize="none")
+    if kind == "wan-a14b-high":
+        name = "wan2.2-a14b-high"
+        monkeypatch.setitem(WanA14BHigh.presets, name, WanA14BHigh.presets[name] | dict(source=cfg.model))
+        vader.find_model.cache_clear()
+        request.addfinalizer(vader.find_model.cache_clear)
+        cfg = replace(cfg, model=name)
     return kind, cfg, vader.read_prompts(str(file))
 
 
 def stock_pipeline(kind, cfg):
     """The stock pipeline of a family's checkpoint, with a first-order scheduler."""
-    pipe = diffusers.DiffusionPipeline.from_pretrained(cfg.model, dtype=torch.float32)
+    _, source, _ = vader.find_model(cfg.model)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=torch.float32)
     if kind.startswith("animatediff"):
         if kind == "animatediff-parts":
             adapter = diffusers.MotionAdapter.from_pretrained(Path(cfg.model) / "adapter")
@@ -284,6 +298,8 @@ def stock_frames(pipe, run, given):
         noise = noise.flatten(2).transpose(1, 2)
         how |= dict(decode_timestep=model.decode_timestep, decode_noise_scale=model.decode_noise_scale)
         how["generator"] = vader.generator_for("decode noise")
+    if getattr(pipe, "transformer_2", None):
+        how["guidance_scale_2"] = 1 + (cfg.guidance_scale - 1) * 2 / 3
     return pipe(prompt=texts, latents=noise, guidance_scale=cfg.guidance_scale, **how).frames
 
 
@@ -311,7 +327,8 @@ def test_frames_equal_the_stock_pipeline_without_the_lora_and_with_it(other, tmp
     torch.testing.assert_close(base, stock_base, rtol=0, atol=5e-4)
     vader.save_lora(run.model, tmp_path / "lora")
     if run.model.lora_pipeline:
-        pipe.load_lora_weights(tmp_path / "lora")
+        second = dict(load_into_transformer_2=True) if run.model.folder == "transformer_2" else {}
+        pipe.load_lora_weights(tmp_path / "lora", **second)
     else:
         pipe.unet = PeftModel.from_pretrained(pipe.unet, tmp_path / "lora")
     stock = stock_frames(pipe, run, given)
@@ -357,7 +374,8 @@ def test_decode_takes_any_frames(other):
 
 def test_training_end_to_end(other):
     kind, cfg, _ = other
-    rows = vader.train(replace(cfg, num_inference_steps=2, eval_videos=1, watch="none"))
+    K = 1 if "a14b" in kind else 2  # one step for each of its transformers
+    rows = vader.train(replace(cfg, num_inference_steps=2, backprop_steps=K, eval_videos=1, watch="none"))
     assert [row["step"] for row in rows] == [0, 1, 1] and math.isfinite(rows[1]["grad_norm"])
 
 

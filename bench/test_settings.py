@@ -37,6 +37,7 @@ HERE_TESTS = {
     "test_an_evaluation_makes_this_many_videos_at_once": "eval_batch_size",
 }
 OFFLOADING = "test_offloading_moves_the_image_encoder_with_the_vae_and_changes_nothing"
+FEW_STEPS = "test_the_steps_of_few_step_loras_are_the_stock_scheduler_s_with_that_shift"
 ELSEWHERE = {
     "bench/test_values.py::test_rewards_load_from_the_folder_that_is_given": "reward_weights",
     "bench/test_values.py::test_the_vision_language_model_that_is_given": "vlm",
@@ -56,6 +57,7 @@ ELSEWHERE = {
     "bench/test_runs.py::test_a_device_that_is_not_there_is_refused": "device",
     "bench/test_base.py::test_a_base_lora_is_fused_and_ours_alone_is_saved": "base_lora",
     "bench/test_base.py::test_int8_is_near_the_whole_base_and_smaller": "quantize",
+    f"bench/test_wan.py::{FEW_STEPS}": "shift",
     "bench/test_clips.py::test_training_resuming_and_sampling_with_clips": "clips",
     "bench/test_lora_files.py::test_a_run_is_pushed_once_with_a_card": "push_to_hub",
 }

@@ -3,35 +3,65 @@
 import warnings
 from pathlib import Path
 
+import diffusers
 import torch
 
-from extras.lora import put_on, read_lora
+from extras.lora import build_on_meta, put_on, read_lora
 from extras.lora_files import public_name
-from rewards import read_json
+from rewards import read_json, require
 
 FLAG = "--base_lora"
 
 
 def prepare(model, cfg):
-    """Fuse --base_lora into the model's denoiser, and set model.base_lora to its name; then --quantize it."""
+    """Before the model loads: fuse --base_lora into its denoiser, and have that quantised by --quantize.
+
+    diffusers quantises a transformer weight by weight as it reads them. What a LoRA is fused into must be
+    whole before, in host memory, or little of the LoRA arrives; it is quantised afterwards. So are U-Nets,
+    which are small.
+    """
+    if cfg.quantize != "none" and not cfg.base_lora and model.folder != "unet":
+        model.quantization = quantization(cfg.quantize, model.dtype, model.device)
+        return
+    loras = dict.fromkeys([model.folder])
     if cfg.base_lora:
-        lora = read_lora(cfg.base_lora, FLAG, type(model))
-        adapted = put_on(f"{FLAG} {cfg.base_lora}", model.denoiser, lora)
-        model.denoiser = adapted.merge_and_unload().eval().requires_grad_(False)
-        model.base_lora = public_name(cfg.base_lora)
-    if cfg.quantize != "none":
-        quantize(model.denoiser, cfg.quantize, model.dtype)
+        loras = loras_of(cfg.base_lora, type(model))
+        model.base_lora = ",".join(map(public_name, loras.values()))
+    for folder, source in loras.items():
+        denoiser = model.load_denoiser(folder)
+        if source:
+            adapted = put_on(f"{FLAG} {source}", denoiser, read_lora(source, FLAG, type(model)))
+            denoiser = adapted.merge_and_unload().eval().requires_grad_(False)
+        if cfg.quantize != "none":
+            quantize(denoiser, cfg.quantize, model.dtype, model.device)
+        if folder == model.folder:
+            model.denoiser = denoiser
+        else:
+            model.other = denoiser.to("cpu")
 
 
-def check_base(source: str, family, denoiser):
+def loras_of(base_lora: str, family) -> dict[str, str]:
+    """Which LoRA goes into which of the family's networks: {folder: LoRA}. Raises BadInput."""
+    folders = sorted({family.folder, getattr(family, "other_folder", family.folder)})
+    sources = [source.strip() for source in base_lora.split(",")]
+    if len(folders) == 1:
+        sources = [base_lora]
+    names = ",".join(f"{folder}.safetensors" for folder in folders)
+    problem = f"{FLAG} {base_lora}: {len(folders)} networks, {len(sources)} LoRAs: give them as {names}"
+    require(len(sources) == len(folders), problem)
+    return dict(zip(folders, sources, strict=True))
+
+
+def check_base(base_lora: str, family, source: str):
     """Print what of --base_lora is left out. Raises BadInput when it does not fit the denoiser.
 
-    family: a model's class. denoiser: its denoiser without weights.
+    family: a model's class; source: its checkpoint.
     """
-    lora = read_lora(source, FLAG, family)
-    put_on(f"{FLAG} {source}", denoiser, lora)
-    for line in lora.left_out:
-        print(line)
+    for lora_source in loras_of(base_lora, family).values():
+        lora = read_lora(lora_source, FLAG, family)
+        put_on(f"{FLAG} {lora_source}", build_on_meta(family, source), lora)
+        for line in lora.left_out:
+            print(line)
 
 
 def warn_of_other_base(lora: str, base_lora: str | None):
@@ -44,21 +74,36 @@ def warn_of_other_base(lora: str, base_lora: str | None):
     if not file.is_file():
         return
     trained_with = read_json(file).get("base_lora")
-    now = None
-    if base_lora:
-        now = public_name(base_lora)
+    now = base_lora and ",".join(map(public_name, base_lora.split(",")))
     if trained_with != now:
         others = f"{trained_with or 'none'}, not {now or 'none'}"
         print(f"{lora} was trained with {FLAG} {others}: see its run's config.json")
 
 
 # ---- --quantize --------------------------------------------------------------------------------------------
-def quantize(network: torch.nn.Module, kind: str, dtype: torch.dtype):
-    """Quantise a network's linear layers in place, as diffusers' and transformers' own quantisers do.
+# int8: torchao, a scale for each output, weights only. nf4: bitsandbytes (Dettmers et al. 2023, arXiv
+# 2305.14314), scales of 64 numbers each in 8 bits as well; never run on a GPU. Both compute in dtype.
+def quantization(kind: str, dtype: torch.dtype, device: str) -> dict:
+    """Arguments of diffusers' from_pretrained that quantise a network's linear layers."""
+    if kind == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
 
-    int8: torchao, a scale for each output, weights only. nf4: bitsandbytes (Dettmers et al. 2023, arXiv
-    2305.14314), once the weights are on a GPU; never run on one. Both compute in dtype.
-    """
+        quiet_torchao()
+        config = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
+        if device == "cpu":  # what is mapped to the CPU would stay as it is
+            return dict(quantization_config=config)
+    else:
+        config = diffusers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return dict(quantization_config=config, device_map={"": device})
+
+
+def quantize(network: torch.nn.Module, kind: str, dtype: torch.dtype, device=None):
+    """Quantise a network's linear layers in place, one after the other, on the device if there is one."""
 
     def is_quantized(layer, name):
         return isinstance(layer, torch.nn.Linear) and not name.endswith("lm_head")  # which may be tied
@@ -66,8 +111,8 @@ def quantize(network: torch.nn.Module, kind: str, dtype: torch.dtype):
     if kind == "int8":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-        warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # it could not be merged
-        quantize_(network, Int8WeightOnlyConfig(), filter_fn=is_quantized)
+        quiet_torchao()
+        quantize_(network, Int8WeightOnlyConfig(), filter_fn=is_quantized, device=device)
         return
     import bitsandbytes as bnb
 
@@ -76,6 +121,22 @@ def quantize(network: torch.nn.Module, kind: str, dtype: torch.dtype):
             continue
         kwargs = dict(bias=layer.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta")
         small = bnb.nn.Linear4bit(layer.in_features, layer.out_features, **kwargs)
-        small.weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False, quant_type="nf4")
+        how = dict(requires_grad=False, quant_type="nf4", compress_statistics=True)
+        small.weight = bnb.nn.Params4bit(layer.weight.data.cpu(), **how)
         small.bias = layer.bias
-        network.set_submodule(name, small.to(layer.weight.device))
+        network.set_submodule(name, small.to(device or layer.weight.device))
+
+
+def check_quantised(network: torch.nn.Module, source):
+    """Raises BadInput where a weight was infinite or no number before it was quantised."""
+    for name, weight in [*network.named_parameters(), *network.named_buffers()]:
+        if hasattr(weight, "quant_state"):  # of bitsandbytes: only this weight is large for a moment
+            import bitsandbytes as bnb
+
+            weight = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        scales = getattr(weight, "scale", weight)  # of torchao
+        require(scales.isfinite().all(), f"{source} is damaged, get it again: {name} is not finite")
+
+
+def quiet_torchao():
+    warnings.filterwarnings("ignore", "TorchaoLoraLinear was instantiated")  # it could not be merged

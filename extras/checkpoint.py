@@ -80,7 +80,8 @@ def check_networks(family: type[VideoModel], source: str):
     right = not width or built.config.get(all_ids) == 3 * width
     require(right, f"--model: {source}/{family.folder}/config.json is damaged: {all_ids} is not 3 x {width}")
     if built.config._class_name == denoiser["_class_name"]:  # else a part of it is elsewhere
-        check_weights(source, family.folder, built)
+        for folder in (family.folder, getattr(family, "other_folder", family.folder)):
+            check_weights(source, folder, built)
     check_weights(source, "vae", built_vae)
     check_encoder(family, source)
 

@@ -20,7 +20,7 @@ from vader import Config, VideoModel
 RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
 RANGES |= dict(fps=(1, 240), eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
 RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), lora_alpha=(1e-6, 1e6))
-RANGES |= dict(height=(1, 4096), width=(1, 4096), lora_scale=(-10, 10))
+RANGES |= dict(height=(1, 4096), width=(1, 4096), lora_scale=(-10, 10), shift=(0.1, 100))
 
 KINDS = {str: "a text", int: "a number, int", float: "a number", bool: "True or False"}
 LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}  # of --quantize
@@ -39,8 +39,7 @@ def check_input(cfg: Config, reward=None):
 
 def enter(cfg: Config, reward=None):
     """Check all input of a training, then give the context that it is made in. Raises BadInput."""
-    others = "`main` and extras/evaluate.py have the others"
-    require(cfg.mode == "train", f"mode is {cfg.mode!r}: `train` does 'train' alone, {others}")
+    require(cfg.mode == "train", f"mode is {cfg.mode!r}: `train` does 'train' alone, `main` has the others")
     check_input(cfg, reward)
     return holding.hold_run(vader.resolve(cfg, reward))
 
@@ -104,7 +103,7 @@ def check_device(device: str):
 def check_loras(cfg: Config, full: Config, family: type[VideoModel], source: str):
     """Do --lora, --base_lora and --lora_targets fit the denoiser?"""
     if full.base_lora:
-        base_lora.check_base(full.base_lora, family, lora.build_on_meta(family, source))
+        base_lora.check_base(full.base_lora, family, source)
     if cfg.lora:
         lora.check_lora(cfg, lora.build_on_meta(family, source))
         base_lora.warn_of_other_base(lora.find_folder(cfg.lora), full.base_lora)
@@ -124,6 +123,7 @@ def check_sizes(cfg: Config, family: type[VideoModel]):
     require(fits, f"--height and --width must be multiples of {side}")
     require((frames - 1) % group == 0, f"--num_frames {frames}: must be 1 more than a multiple of {group}")
     require(cfg.eta == 0 or family.stochastic, "--eta adds noise in DDIM; this model has another sampler")
+    require(cfg.shift is None or hasattr(family, "shift"), "--shift is for Wan: leave it out")
     guided = cfg.guidance_scale != 1 and family.images != "must"
     require(guided or not cfg.negative_prompt, "--negative_prompt: there is no guidance by text here")
 

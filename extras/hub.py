@@ -106,7 +106,8 @@ def make_card(cfg, folder: Path, videos: str, widget: list[dict]) -> str:
     if family.lora_pipeline:
         data.library_name = "diffusers"
         pipeline = family.lora_pipeline.__name__
-        load = f'pipe.load_lora_weights("{cfg.push_to_hub}")'
+        second = ", load_into_transformer_2=True" if family.folder == "transformer_2" else ""
+        load = f'pipe.load_lora_weights("{cfg.push_to_hub}"{second})'
     else:
         data.library_name = "peft"
         pipeline = read_config(source, "model_index.json")["_class_name"]
@@ -115,7 +116,7 @@ def make_card(cfg, folder: Path, videos: str, widget: list[dict]) -> str:
     has_comfy = (folder / "comfyui.safetensors").exists()
     return CARD.format(
         data=data.to_yaml(),
-        about=describe(about["base_model"], about["base_lora"]),
+        about=describe(about["base_model"], about["base_lora"], family),
         reward=cfg.reward,
         toy=", on a toy model" if "rewards" in preset else "",
         videos=videos,

@@ -20,7 +20,7 @@ from extras.lora_checks import (
     check_numbers,
     quiet,
 )
-from extras.stock_lora import make_config, read_stock
+from extras.stock_lora import make_config, part_of, read_stock
 from rewards import as_bad_input, read_json, require
 from vader import VideoModel, fill_in, read_config
 
@@ -80,7 +80,7 @@ def read_plain(where: str, state: dict, family) -> Lora:
     """Matrices by the layers' names, maybe with PEFT's prefix or a pipeline's: each layer is scaled by 1."""
     matrices = {}
     for key, matrix in state.items():
-        for prefix in (PEFT_PREFIX, f"{family.folder}."):
+        for prefix in (PEFT_PREFIX, f"{part_of(family)}."):
             key = key.removeprefix(prefix)
         matrices[key] = matrix
     return Lora(make_config(where, matrices, {}), matrices)

@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 from safetensors.torch import save_file
 
+from extras.stock_lora import part_of
 from vader import write_atomic
 
 
@@ -44,7 +45,7 @@ def add_files(model, folder: Path, cfg=None):
     if cfg:
         about["reward"] = cfg.reward
     (folder / "vader.json").write_text(json.dumps(about, indent=1))
-    card = f"---\ntags: [vader]\n---\n{describe(base_model, model.base_lora)}\n"
+    card = f"---\ntags: [vader]\n---\n{describe(base_model, model.base_lora, model)}\n"
     (folder / "README.md").write_text(card)
     if model.lora_pipeline:
         save_stock(model, folder, cfg)
@@ -58,12 +59,15 @@ def tell_of_comfyui(out: Path):
         print(f"ComfyUI takes {file}, and of the others nothing; diffusers and PEFT take the folder")
 
 
-def describe(base_model: str, base_lora: str | None) -> str:
-    """What a LoRA is and what it needs, in a sentence for people; vader.json says it for programs."""
+def describe(base_model: str, base_lora: str | None, family=None) -> str:
+    """What a LoRA is and what it needs, in words for people; vader.json says it for programs.
+
+    family: a model or its class, which may have a note on where it goes.
+    """
     sentence = f"A LoRA made by reward gradients (VADER) on {base_model}"
     if base_lora:
         sentence += f", after the LoRA {base_lora} was fused into it: load both"
-    return sentence + "."
+    return f"{sentence}. {getattr(family, 'lora_note', '')}".strip()
 
 
 def save_stock(model, folder: Path, cfg=None):
@@ -75,7 +79,8 @@ def save_stock(model, folder: Path, cfg=None):
     for name, matrix in peft.get_peft_model_state_dict(model.denoiser, save_embedding_layers=False).items():
         weights[name.removeprefix("base_model.model.")] = matrix
     config = json.loads((folder / "adapter_config.json").read_text())
-    kwargs = {f"{model.folder}_lora_layers": weights, f"{model.folder}_lora_adapter_metadata": config}
+    part = part_of(model)
+    kwargs = {f"{part}_lora_layers": weights, f"{part}_lora_adapter_metadata": config}
     model.lora_pipeline.save_lora_weights(folder, **kwargs)
     files = [folder / "pytorch_lora_weights.safetensors"]
     if getattr(model, "comfy_names", None):

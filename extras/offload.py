@@ -9,35 +9,33 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 def install(run, reward_networks: list):
-    """Have run.model move its networks whenever it goes over from denoising to decoding, and back."""
+    """Have run.model bring to the device the networks that it works with, and no others."""
     model = run.model
-    groups = {"denoising": [model.denoiser], "scoring": [model.vae, model.image_encoder, *reward_networks]}
-    active = None
+    scoring = [model.vae, model.image_encoder, *reward_networks]
+    scoring = [network for network in scoring if network is not None]
+    here = [model.denoiser, *scoring]
+    denoise, decode = inputs_on_host(model.denoise), inputs_on_host(model.decode)
 
-    def use(group: str):
-        nonlocal active
-        if active == group:
+    def use(wanted: list):
+        nonlocal here
+        if here == wanted:
             return
-        for name, networks in groups.items():
-            if name != group:
-                move(networks, "cpu")  # first make room
-        move(groups[group], model.device)
-        active = group
+        for network in here:
+            if network not in wanted:
+                network.to("cpu")  # first make room
+        for network in wanted:
+            network.to(model.device)
+        here = wanted
 
-    def move(networks: list, device):
-        for network in networks:
-            if network is not None:
-                network.to(device)
+    def denoise_here(x, t, cond):
+        use([model.expert(t)])
+        return denoise(x, t, cond)
 
-    def with_networks(method, group: str):
-        def call(*args, **kwargs):
-            use(group)
-            return method(*args, **kwargs)
+    def decode_here(*args, **kwargs):
+        use(scoring)
+        return decode(*args, **kwargs)
 
-        return call
-
-    model.denoise = with_networks(inputs_on_host(model.denoise), "denoising")
-    model.decode = with_networks(inputs_on_host(model.decode), "scoring")
+    model.denoise, model.decode = denoise_here, decode_here
 
 
 def inputs_on_host(method):

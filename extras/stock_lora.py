@@ -135,9 +135,14 @@ def find_kept(where: str, tensors: dict, family) -> set[str]:
     return kept
 
 
+def part_of(family) -> str:
+    """What stands before the names of layers in LoRAs; a second transformer's have those of the first."""
+    return family.folder.removesuffix("_2")
+
+
 def rename(converted: dict, family) -> dict:
     """What is the denoiser's of what a pipeline has converted, by the names of PEFT's layers."""
-    prefix = f"{family.folder}."
+    prefix = f"{part_of(family)}."
     ours = {}
     for key, value in converted.items():
         if key.startswith(prefix):

@@ -94,7 +94,7 @@ def load_judges(cfg, texts: list[str]) -> dict:
 @torch.no_grad()
 def score_judges(run, videos, texts: list[str]) -> dict:
     """Figures of the judges, {name: (B,)}. Their networks then wait in host memory."""
-    networks = vader.networks_of(run.judges).to(run.model.device)
+    networks = rewards.networks_of(run.judges).to(run.model.device)
     figures = rewards.weighted_rewards(run.judges, videos, texts, run.cfg.decode_chunk)
     networks.to("cpu")
     del figures["reward"]

@@ -45,13 +45,13 @@ class AnimateDiff(TextToVideoUNet):
         scheduler.set_timesteps(cfg.num_inference_steps)
         return tabulate(scheduler, cfg.eta)
 
-    def load(self):
-        if not self.in_one(self.source):
-            load = functools.partial(rewards.load, flag="--model", dtype=self.dtype)
-            unet = load(diffusers.UNet2DConditionModel, self.source, subfolder="unet")
-            adapter = load(diffusers.MotionAdapter, self.motion)
-            self.denoiser = diffusers.UNetMotionModel.from_unet2d(unet, adapter).to(self.dtype)
-        super().load()
+    def load_denoiser(self, folder):
+        if self.in_one(self.source):
+            return super().load_denoiser(folder)
+        load = functools.partial(rewards.load, flag="--model", dtype=self.dtype)
+        unet = load(diffusers.UNet2DConditionModel, self.source, subfolder=folder)
+        adapter = load(diffusers.MotionAdapter, self.motion)
+        return diffusers.UNetMotionModel.from_unet2d(unet, adapter).to(self.dtype)
 
     def denoise(self, x, t, cond):
         text = cond["encoder_hidden_states"].repeat_interleave(x.shape[2], dim=0)  # every frame has its own

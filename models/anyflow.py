@@ -23,7 +23,7 @@ class AnyFlow(Wan):
 
     def schedule(self, cfg):
         """t: (T, 2), a step's time and the next one's."""
-        scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=self.shift())
+        scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=cfg.shift or self.shift())
         scheduler.set_timesteps(cfg.num_inference_steps)
         schedule = tabulate(scheduler)
         return schedule._replace(t=torch.stack([schedule.t, 1000 * scheduler.sigmas[1:]], dim=1))

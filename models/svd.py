@@ -80,7 +80,7 @@ class StableVideoDiffusion(VideoModel):
             "time_ids": torch.tensor(self.time_ids, device=self.device, dtype=self.dtype),
         }
 
-    def guidance(self, scale, frames):
+    def guidance(self, scale, t, frames):
         return torch.linspace(1, scale, frames, device=self.device)[:, None, None]
 
     def denoise(self, x, t, cond):

@@ -1,8 +1,9 @@
-"""Wan 2.1 1.3B and Wan 2.2 TI2V 5B (2025): flow transformers, a causal VAE of 4 frames a latent, UMT5."""
+"""Wan 2.1 and 2.2 (2025), from 1.3B to A14B: flow transformers, a causal VAE of 4 frames a latent, UMT5."""
 
 import functools
 
 import diffusers
+import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from torch.utils.checkpoint import checkpoint
@@ -11,13 +12,17 @@ from extras.images import FromImage
 from rewards import require
 from vader import HERE, PUBLISHED, TINY, VideoModel, read_config, straight_through_clamp, tabulate
 
+FOR_16_GB = dict(quantize="nf4", offload=True)  # what 14 billion parameters need
+
 
 class Wan(VideoModel):
     wan = dict(source="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", num_frames=33, height=320, width=576)
-    wan |= PUBLISHED | dict(num_inference_steps=20, guidance_scale=5.0, lr=1e-4)
+    wan |= PUBLISHED | dict(num_inference_steps=20, guidance_scale=5.0, lr=1e-4, timestep_spacing="linspace")
     wan |= dict(steps=100, eval_every=25, grad_accum=2)  # hours on a small card, not days
     tiny = TINY | dict(source=str(HERE / "tiny" / "wan"), num_frames=9, guidance_scale=3.0)
-    presets = {"wan": wan, "tiny-wan": tiny}
+    tiny["timestep_spacing"] = "linspace"
+    large = wan | dict(source="Wan-AI/Wan2.1-T2V-14B-Diffusers") | FOR_16_GB
+    presets = {"wan": wan, "wan-14b": large, "tiny-wan": tiny}
 
     text_pipeline = lora_pipeline = diffusers.WanPipeline
     denoiser_class = diffusers.WanTransformer3DModel
@@ -38,9 +43,15 @@ class Wan(VideoModel):
     grad_steps = "strongest"  # the last step has a leverage of 0.009, the strongest of 30 has 0.095
 
     def schedule(self, cfg):
-        """Euler steps of rectified flow (Liu et al. 2022): x = (1 - sigma) x0 + sigma noise, f its slope."""
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=self.shift())
-        scheduler.set_timesteps(cfg.num_inference_steps)
+        """Euler steps of rectified flow (Liu et al. 2022): x = (1 - sigma) x0 + sigma noise, f its slope.
+
+        linspace: as in the stock pipeline; trailing: as few-step LoRAs are trained, from 1 to 1 / T.
+        """
+        T, spacing = cfg.num_inference_steps, cfg.timestep_spacing
+        require(spacing != "leading", "--timestep_spacing leading: this model has linspace and trailing")
+        sigmas = np.linspace(1, 1 / T, T) if spacing == "trailing" else None
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=cfg.shift or self.shift())
+        scheduler.set_timesteps(T, sigmas=sigmas)
         return tabulate(scheduler)
 
     def shift(self) -> float:
@@ -52,8 +63,11 @@ class Wan(VideoModel):
 
     @classmethod
     def variant(cls, source):
-        if read_config(source, "model_index.json").get("expand_timesteps"):
+        index = read_config(source, "model_index.json")
+        if index.get("expand_timesteps"):
             return Wan22
+        if index.get("boundary_ratio"):
+            return WanA14B
         return cls
 
     def encode_text(self, pipe, text):
@@ -100,6 +114,61 @@ class Wan22(FromImage, Wan):
             times = times.expand(-1, x.shape[3] // 2, x.shape[4] // 2)
         times = times.flatten().expand(len(x), -1)
         return self.denoiser(x.to(self.dtype), timestep=times, **cond, return_dict=False)[0].float()
+
+
+class WanA14B(Wan):
+    """Wan 2.2 T2V A14B: `other` has the steps of much noise; what trains has the others, of most leverage."""
+
+    a14b = Wan.large | dict(source="Wan-AI/Wan2.2-T2V-A14B-Diffusers", guidance_scale=4.0)
+    presets = {"wan2.2-a14b": a14b}
+    folder, other_folder = "transformer_2", "transformer"
+    index_settings = ("expand_timesteps", "boundary_ratio", "transformer_2")
+    lora_note = "It is for transformer_2, of little noise: `load_into_transformer_2=True` in diffusers'"
+    lora_note += " `load_lora_weights`, and in ComfyUI the loader behind the low-noise model."
+    other = None
+
+    def boundary(self) -> float:
+        """The first network has the steps from this t on."""
+        return 1000 * read_config(self.source, "model_index.json")["boundary_ratio"]
+
+    def trains(self, t) -> bool:
+        """Is this a step of the network that trains?"""
+        return t < self.boundary()
+
+    def schedule(self, cfg):
+        schedule = super().schedule(cfg)
+        own = tuple(i for i, t in enumerate(schedule.t) if self.trains(t))
+        K, there = cfg.backprop_steps, f"{len(own)} of the {len(schedule.t)} steps are of what trains"
+        require(K <= len(own), f"--backprop_steps {K}: only {there}, {self.folder}")
+        return schedule._replace(own=own)
+
+    def load(self):
+        if self.other is None:
+            self.other = self.load_denoiser(self.other_folder).eval().requires_grad_(False)
+        self.other.to("cpu")  # until its steps come
+        super().load()
+
+    def guidance(self, scale, t, frames):
+        """The second network's is a third closer to 1: 3 where the first's is 4, as published."""
+        return scale if t >= self.boundary() else 1 + (scale - 1) * 2 / 3
+
+    def expert(self, t):
+        return self.denoiser if self.trains(t) else self.other
+
+    def denoise(self, x, t, cond):
+        self.expert(t).to(self.device)
+        return super().denoise(x, t, cond)
+
+
+class WanA14BHigh(WanA14B):
+    """The same, where the network for the steps of much noise trains."""
+
+    presets = {"wan2.2-a14b-high": WanA14B.a14b}
+    folder, other_folder = "transformer", "transformer_2"
+    lora_note = "It is for transformer, of much noise: in ComfyUI the loader behind the high-noise model."
+
+    def trains(self, t):
+        return t >= self.boundary()
 
 
 def checkpoint_cached_blocks(vae):

@@ -24,6 +24,7 @@ from world import FRAMES, SEEN, SIZE, draw, pick
 from rewards import CLIP_MEAN, CLIP_STD
 
 LATENT = 16  # channels: SVD's four are too few for texture
+PLAIN = 12  # of them are the picture itself at 16 x 16, so that what moves by half a latent pixel is seen
 
 
 def make_image_encoder(out: Path) -> CLIPVisionModelWithProjection:
@@ -172,6 +173,8 @@ def train_i2v_vae(out: Path, updates: int, clips: int, seed: int, batch=1):
         noise = torch.randn(posterior.mean.shape, generator=generator, device=DEVICE)
         decoded = vae.decode(posterior.mean + noise * posterior.std, num_frames=frames).sample
         loss = picture_loss(decoded, pictures, 1 + 5 * inside) + 1e-4 * posterior.kl().mean() / 64 / LATENT
+        small = F.pixel_unshuffle(F.avg_pool2d(pictures, 4), 2)  # (n, 12, 8, 8)
+        loss = loss + (posterior.mean[:, :PLAIN] - 2 * small).square().mean()
         error = decoded - pictures
         colour = error - error.mean(1, keepdim=True)  # or all stays grey for long
         loss = loss + 2 * (colour.abs() * (1 + 5 * inside)).mean()
