@@ -29,6 +29,7 @@ import diffusers
 import torch
 import transformers
 from fake import LiveStorages, forget, remember, without_weights
+from hours import describe
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -44,10 +45,6 @@ CONFIGS, TABLE = HERE / "configs", HERE / "memory.csv"
 MODELS = ("modelscope", "zeroscope", "animatediff", "svd", "cogvideox", "cogvideox-5b", "ltx")
 MODELS += ("wan", "anyflow", "wan2.2-5b")
 LARGE = ("wan-14b", "wan2.2-a14b")  # always in nf4 and with --offload
-# Half-precision peaks that NVIDIA publishes, 1e12 operations a second, dense, sums in float32.
-CARDS = {"T4": 65, "RTX 4060 Ti": 44, "RTX 4080": 97, "A100": 312, "H200": 989}
-UTILISATION = 0.4  # of these, assumed; what was measured is in bench/README.md
-LAUNCH = 38e-6  # seconds of a processor to launch a kernel; chosen so that most of gpu.csv comes out
 ROWS = [("hps", False), ("hps", True), ("aesthetic", False), ("vjepa", False), ("ask", False)]
 MORE = ["clip", "pickscore", "remove:book", "action:archery", "camera:smooth"]
 
@@ -126,7 +123,7 @@ def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, floa
         if cfg.offload and hasattr(model, "other"):  # it is only there when its steps come
             model.other = model.load_denoiser(model.other_folder)
             always.append(model.other)
-            phase("loading the other denoiser", *networks)
+            phase("loading one", *networks)
         model.load()
         vader.add_lora(model, cfg)
         model.recompute()
@@ -168,6 +165,7 @@ def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, floa
             run.judges = make_terms(dataclasses.replace(cfg, reward=judges), "cpu")
             watch.score_judges(run, video, [prompt.text for prompt in prompts])
             phase("judging a video")
+    found["loading"] = max(found["loading"], found.pop("loading one", 0))
     del found["rewards"], found["passing"]  # parts of loading, of rollout
     times = {"sampling": ("rollout", T), "score": ("score", 1 / len(places)), "walk back": ("walk back", K)}
     for wanted, kind, unit in ((operations, "operations", 1e12), (launches, "launches", 1e6)):
@@ -177,18 +175,6 @@ def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, floa
             wanted[name] = videos * n * counted[kind][part] / unit
         wanted["sampling"] -= videos * (T - 1) * counted[kind]["passing"] / unit
     return found
-
-
-def seconds(operations: dict, launches: dict, peak: float) -> float:
-    """Of an update, on a card of that peak; less on a slow one, where launches hide behind computing."""
-    computing = sum(operations.values()) / (peak * UTILISATION)
-    return computing + 1e6 * sum(launches.values()) * LAUNCH
-
-
-def hours(operations: dict, launches: dict, cfg: vader.Config) -> dict[str, float]:
-    """Of the updates of a whole run on each of CARDS, without evaluations."""
-    steps = resolve(cfg)[0].steps
-    return {card: steps * seconds(operations, launches, peak) / 3600 for card, peak in CARDS.items()}
 
 
 def measure(cfg: vader.Config, device="cuda", updates=3) -> dict:
@@ -300,9 +286,7 @@ def main(argv=None) -> int:
     print(f"{'peak':18}{(peak := max(found.values())):6.2f} GB predicted; CUDA itself takes about 0.5 more")
     for name, count in operations.items():
         print(f"{name:18}{count:9.2f} TFLOP an update, {launches[name]:.2f} million launches")
-    for card, found in hours(operations, launches, cfg).items():
-        print(f"{card:18}{found:6.1f} hours of updates at {UTILISATION:.0%} of its half-precision peak")
-    print(f"{'':18}and {1e6 * LAUNCH:.0f} microseconds a launch")
+    print(describe(operations, launches, resolve(cfg)[0].steps))
     if args.measure:
         print(measure(cfg))
     if peak <= args.vram:
