@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # references are compared in float32 on the CPU
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # or two processes wait for each other's threads
 
 import pytest
 import torch

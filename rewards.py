@@ -721,8 +721,8 @@ def load(kind, source, flag, subfolder="", dtype=None, device=None, more=(), opt
         if not network:
             return kind.from_pretrained(str(folder), local_files_only=True)
         variant = "fp16" if ".fp16" in files[0] else None
-        options = dict(dtype=dtype, variant=variant, output_loading_info=True, **dict(options))
-        made, info = kind.from_pretrained(str(folder), **options)
+        more_options = dict(options, dtype=dtype, variant=variant)
+        made, info = kind.from_pretrained(str(folder), output_loading_info=True, **more_options)
     odd = [*info["missing_keys"], *info["mismatched_keys"]]
     odd += [key for key in info["unexpected_keys"] if not key.startswith(more)]
     some = ", ".join(map(str, odd[:3]))

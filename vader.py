@@ -47,9 +47,10 @@ def stop(*_):
 
 if SCRIPT:  # before the imports, which take seconds
     signal.signal(signal.SIGINT, stop)
-    # or each command begins with lines of diffusers and PyTorch on torchao, where that is installed
+    # or each command begins with lines on torchao and bitsandbytes, where these are installed
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    logging.getLogger("torch.utils._pytree").setLevel("ERROR")
+    for library in ("torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(library).setLevel("ERROR")
 
 import diffusers
 import imageio_ffmpeg
