@@ -438,7 +438,7 @@ def make_dynamic(device, dtype, weights=None):
 def make_camera(device, dtype, weights=None, *, arg):
     """How well the camera does as told, by extras/camera.py. arg: smooth, still, zoom in, pan left, ...
     smooth: minus the rates' mean squared change over their mean square, 0 at best; still: minus their mean
-    size; a move: its mean rate, less half the others' and its own change. Of neighbours or of frames four
+    size; a move: its mean rate, less an eighth of the others' and its change. Of neighbours or of frames four
     steps apart, whichever is less: shading passes for motion less over four. Reports the rates and `seen`."""
     from extras.camera import camera_rates
 
@@ -457,7 +457,7 @@ def make_camera(device, dtype, weights=None, *, arg):
         axis = move % 4
         own = torch.cat([rates, -rates], dim=-1)[..., move].mean(1)
         others = size.sum(1) - size[:, axis]
-        return own - (others + jerk[..., axis].abs().mean(1)) / 2
+        return own - (others + jerk[..., axis].abs().mean(1)) / 8
 
     def reward(frames, prompts):
         shape = frames.shape[1:]

@@ -4,10 +4,11 @@
     python bench/camera_trained.py --moves "pan left" --seeds 0
 
 Runs `--model tiny-i2v --reward camera:<move>` in runs/camera_trained/, then makes 64 videos of the base model
-and of lora/: starts that are drawn anew, of words never trained on together, noise of their own. Writes
-bench/camera_trained.csv: what bench/tracker.py and the reward see of the told move (for `still` the mean size
-of the four rates, for `smooth` that of their change in time), what `clip`, `hps` and `aesthetic` see; each
-before, after, and the paired t. Needs opencv-python-headless.
+and of best/, which its judge `clip` has let pass: starts that are drawn anew, of words never trained on
+together, noise of their own. Writes bench/camera_trained.csv: which LoRA is best/; what bench/tracker.py
+and the reward see of the told move (for `still` the mean size of the four rates, for `smooth` that of their
+change in time), what `clip`, `hps` and `aesthetic` see; each before, after, and the paired t. Needs
+opencv-python-headless.
 """
 
 import argparse
@@ -36,7 +37,8 @@ from extras.camera import camera_rates  # noqa: E402
 RUNS = HERE.parent / "runs" / "camera_trained"
 MOVES = ("smooth", "still", "pan left", "zoom in")
 OPPOSITES = {"pan left": "pan right"}  # of the moves that are the tracker's, the other way round
-SETTINGS = ""
+REWARD = "camera:{move} + 5*hps"
+SETTINGS = "--decode_chunk 8 --eval_every 50"
 JUDGES = ("clip", "hps", "aesthetic")
 VIDEOS, NUMBER = 64, 100_000  # the number of the first video is that of none in a run
 
@@ -50,7 +52,7 @@ def train(move: str, seed: int, settings: str) -> Path:
     out = RUNS / name_of(move, seed)
     if not (out / "lora").exists():
         command = f"--model tiny-i2v --prompts tiny/images.jsonl --seed {seed} {settings}"
-        words = [*shlex.split(command), "--reward", f"camera:{move}", "--out", str(out)]
+        words = [*shlex.split(command), "--reward", REWARD.format(move=move), "--out", str(out)]
         subprocess.run([sys.executable, "vader.py", *words], check=True, cwd=HERE.parent)
     return out
 
@@ -104,8 +106,8 @@ def judged(videos, texts: list[str], move: str) -> dict[str, list[float]]:
     return values | {name: figures[name].tolist() for name in JUDGES}
 
 
-def row_of(move: str, seed: int, base, tuned, texts) -> dict:
-    row = {"move": move, "seed": seed}
+def row_of(move: str, base, tuned, texts) -> dict:
+    row = {}
     before = judged(base, texts, move)
     after = judged(tuned, texts, move)
     row["seen"] = int(np.isfinite(np.add(before["tracker"], after["tracker"])).sum())
@@ -139,8 +141,13 @@ def main():
         base, texts = videos_of(None, seed)
         for move in args.moves:
             out = train(move, seed, args.settings)
-            tuned, _ = videos_of(out / "lora", seed)
-            row = row_of(move, seed, base, tuned, texts)
+            which = json.loads((out / "strength.json").read_text())["best"]
+            tuned, _ = videos_of(out / ("best" if which else "lora"), seed)
+            chosen = "none, so lora/"
+            if which:
+                chosen = f"step {which['step']} at {which['strength']:g}"
+            row = {"move": move, "seed": seed, "best": chosen}
+            row |= row_of(move, base, tuned, texts)
             print(json.dumps(row), flush=True)
             tables.merge(HERE / "camera_trained.csv", [row], ("move", "seed"))
             iio.imwrite(RUNS / f"{name_of(move, seed)}.png", strip(base, tuned))

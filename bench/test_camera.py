@@ -148,8 +148,9 @@ def test_a_move_is_rewarded_and_its_opposite_is_not(move):
     for other in {0, 1, 2, 3} - {axis}:  # the same with a second move, and with jitter, is worth less
         drift = path.clone()
         drift[:, other] = 0.7 * torch.arange(8.0)
-        assert reward(view(PICTURES["cat"], drift, (128, 128))[None], [""]) < values[0] - 0.1
-    path[:, axis] += 0.5 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+        assert reward(view(PICTURES["cat"], drift, (128, 128))[None], [""]) < values[0] - 0.04
+    jitter = 0.5 * torch.randn(8, generator=torch.Generator().manual_seed(0))
+    path[1:-1, axis] += jitter[1:-1]
     assert reward(view(PICTURES["cat"], path, (128, 128))[None], [""]) < values[0]
 
 

@@ -21,7 +21,7 @@ class StableVideoDiffusion(VideoModel):
     svd = dict(source="stabilityai/stable-video-diffusion-img2vid", num_frames=14, height=576, width=1024)
     svd |= PUBLISHED | dict(num_inference_steps=25, guidance_scale=3.0)
     svd |= dict(steps=100, eval_every=25, grad_accum=2)  # hours on a small card, not days
-    tiny = TINY | dict(source=str(HERE / "tiny" / "i2v"), num_frames=8, guidance_scale=2.0)
+    tiny = TINY | dict(source=str(HERE / "tiny" / "i2v"), num_frames=8, guidance_scale=1.0)
     presets = {"svd": svd, "tiny-i2v": tiny}
 
     folder = "unet"

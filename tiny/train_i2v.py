@@ -113,7 +113,7 @@ def i2v_loss(unet, latents, embeddings, scale: float, batch: int, generator):
     return (error.square() * (4 * sigma**2).clamp(max=1)).mean()
 
 
-def train_i2v_unet(out: Path, updates: int, clips: int, seed: int, batch=16):
+def train_i2v_unet(out: Path, updates: int, clips: int, seed: int, batch=32):
     """The U-Net of SVD; goes on from what is there.
 
     The first frame shows where the object starts, and so the way it goes; the camera's way is left to chance.
@@ -133,7 +133,7 @@ def train_i2v_unet(out: Path, updates: int, clips: int, seed: int, batch=16):
         loss = i2v_loss(unet, latents, embeddings, scale, batch, generator)
         return loss, {"loss": loss}
 
-    fit(unet.parameters(), updates, 1e-3, "i2v", loss_of)
+    fit(unet.parameters(), updates, 1e-3, "i2v", loss_of, muon=0.01)
     average.half().save_pretrained(folder)
 
 

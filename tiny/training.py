@@ -44,21 +44,65 @@ def frames_of(video, rows, generator):
     return (pictures + strength * noise).clamp(0, 1), moments
 
 
-def fit(parameters, updates: int, rate: float, name: str, loss_of, decay=0.05, beta=0.98, rising=0.1):
+def orthogonal(matrix):
+    """A matrix (m, n) with its singular values between 0.7 and 1.2, by five Newton-Schulz iterations.
+
+    The polynomial's coefficients are Keller Jordan's (2024, kellerjordan.github.io/posts/muon).
+    """
+    tall = len(matrix) > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return x.T if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum made orthogonal, for weights of two and more dimensions (Jordan et al. 2024)."""
+
+    def __init__(self, parameters, lr: float, momentum=0.95, decay=0.02):
+        super().__init__(parameters, dict(lr=lr))
+        self.momentum, self.decay = momentum, decay
+
+    @torch.no_grad()
+    def step(self):
+        (group,) = self.param_groups
+        for p in group["params"]:
+            mean = self.state[p].setdefault("mean", torch.zeros_like(p))
+            mean.lerp_(p.grad, 1 - self.momentum)
+            update = p.grad.lerp(mean, self.momentum).flatten(1)
+            rate = group["lr"] * max(1, len(update) / update.shape[1]) ** 0.5
+            p.mul_(1 - group["lr"] * self.decay)
+            p.sub_(rate * orthogonal(update).view_as(p))
+
+
+def fit(
+    parameters, updates: int, rate: float, name: str, loss_of, decay=0.05, beta=0.98, rising=0.1, muon=0.0
+):
     """AdamW on loss_of(update) -> (loss, figures to show), one cycle of learning rate, `rate` at its highest.
 
-    beta: AdamW's second one (the cycle moves the first); rising: share of the updates until that rate.
+    beta: AdamW's second one (the cycle moves the first); rising: share of the updates until that rate; muon:
+    the rate of Muon, which then takes all matrices.
     """
     parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, betas=(0.9, beta))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, updates, pct_start=rising)
+    matrices = [p for p in parameters if p.dim() > 1] if muon else []
+    others = [p for p in parameters if p.dim() == 1 or not muon]
+    adam = torch.optim.AdamW(others, lr=rate, weight_decay=decay, betas=(0.9, beta))
+    cycle = torch.optim.lr_scheduler.OneCycleLR
+    both = [(adam, cycle(adam, rate, updates, pct_start=rising))]
+    if muon:
+        second = Muon(matrices, muon)
+        both.append((second, cycle(second, muon, updates, pct_start=rising, cycle_momentum=False)))
     for update in (bar := trange(updates, desc=name, mininterval=5)):
         loss, shown = loss_of(update)
-        optimizer.zero_grad()
+        for p in parameters:
+            p.grad = None
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for optimizer, schedule in both:
+            optimizer.step()
+            schedule.step()
         if update % 50 == 0:
             bar.set_postfix({key: f"{value.item():.3f}" for key, value in shown.items()}, refresh=False)
 
