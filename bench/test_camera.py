@@ -243,7 +243,7 @@ def test_smooth_and_dynamic_measure_motion_and_not_light():
         assert smooth(bar * light, None) < smooth(bar, None) + 0.05
 
 
-@pytest.mark.parametrize("name", ["views", "clips", "gradient"])
+@pytest.mark.parametrize("name", ["views", "clips", "gradient", "trained"])
 def test_the_readme_has_what_the_tracker_judged(name):
     lines = (HERE / "bench" / "README.md").read_text().splitlines()
     with open(HERE / "bench" / f"camera_{name}.csv", newline="") as file:

@@ -10,10 +10,11 @@ same noise: colour is right in 84.8 % (85.2), object 61.3 (65.2), motion 96.9 (9
 +0.002 (standard error 0.003), clip -0.011 (0.003); at rank 32, before its cut: 84.8, 61.7, 97.3, 100, +0.003
 and -0.010. Four steps without it: 80.1, 49.2, 91.0, 100 %, hps -0.083 (0.011), clip -0.106 (0.011).
 
-Image to video (10 steps, guidance 2), 128 videos from pictures of world.py, held-out captions: colour right
-in 80.5 %, object in 63.3 %, motion and place in 100 %. Mean absolute difference of [0, 1] of the first frame
-from its picture 0.021 (the autoencoder's error included), of the video from the drawn one 0.026 (of a still
-picture from it 0.025): objects move as they should and lose their shape and colour on the way.
+Image to video, of the weights before views.py (10 steps, guidance 2), 128 videos from pictures of world.py,
+held-out captions: colour right in 80.5 %, object in 63.3 %, motion and place in 100 %. Mean absolute
+difference of [0, 1] of the first frame from its picture 0.021 (the autoencoder's error included), of the
+video from the drawn one 0.026 (of a still picture from it 0.025): objects move as they should and lose their
+shape and colour on the way.
 
 Wan (10 steps, guidance 3), 128 videos of held-out captions: colour is right in 99.2 %, object in only 29.7 %
 (55 % was the aim; chance is 17 %), motion and place in 100 %: objects are right in colour and path and vague
