@@ -32,7 +32,7 @@ PHOTO = str(HERE.parent / "tiny" / "photo-cat.jpg")
 ARGS = {"remove": "book", "camera": "zoom in"}  # of rewards that must be told of what
 PUBLISHED = [name for names in vader.FAMILIES.values() for name in names if (memory.CONFIGS / name).is_dir()]
 # these are larger, or smaller, ones of the same code
-SAME = ("zeroscope", "cogvideox")
+SAME = ("zeroscope", "cogvideox", "wan-14b")
 FAMILIES = [(name, "bf16") for name in PUBLISHED if name not in SAME]
 FAMILIES += [("modelscope", "fp16")]
 # not those that are formulas, but for one, nor the network of clip twice
@@ -162,11 +162,12 @@ def walk(folder, model="modelscope", dtype="bf16", image=None, own=None, **setti
     """A micro-batch and an evaluation of two short videos, with a preset, but one step (LTX: two)."""
     family, *_ = vader.find_model(model)
     few = dict(batch_size=2, num_inference_steps=1, num_frames=family.frame_multiple + 1)
-    if model == "ltx":
-        few["num_inference_steps"] = 2  # the fewest that its schedule has
+    if model in ("ltx", "wan2.2-a14b"):
+        few["num_inference_steps"] = 2  # the fewest that its schedule has, or one for each network
     files = dict(reward_weights=str(memory.CONFIGS / "rewards"), out=str(folder / "run"), watch="none")
     cfg, prompts = memory.resolve(vader.Config(model=model, **few | files | settings))
     cfg.device, cfg.dtype = "cuda", dtype  # not before: without a GPU neither passes
+    cfg.quantize = "none"  # bitsandbytes takes no fake weights
     prompts = [prompt._replace(image=image or prompt.image) for prompt in prompts]
     schedule, seen = vader.make_model(cfg).schedule(cfg), []  # made here, to have content
 

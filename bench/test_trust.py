@@ -290,7 +290,6 @@ def test_a_tokenizer_without_its_vocabulary_is_refused(name, tmp_path):
 
 CHANGES = {
     "two experts": dict(transformer_2=["diffusers", "WanTransformer3DModel"]),
-    "boundary": dict(boundary_ratio=0.875),
     "times of tokens and two experts": dict(boundary_ratio=0.875, expand_timesteps=True),
     "a setting of tomorrow": dict(some_ratio=0.5),
 }
@@ -303,6 +302,14 @@ def test_a_pipeline_without_code_for_it_is_refused(change, tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(BadInput, match=f"is a WanPipeline with {next(iter(change))}.*; there is code for"):
         checked(Config(model=str(tmp_path / "model")))
+
+
+def test_two_networks_must_be_there(tmp_path):
+    shutil.copytree(HERE / "tiny" / "wan", tmp_path / "model")
+    file = tmp_path / "model" / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(boundary_ratio=0.875)))
+    with pytest.raises(BadInput, match="there is no transformer_2/config.json in the folder"):
+        checked(Config(model=str(tmp_path / "model"), quantize="none"))
 
 
 @pytest.mark.parametrize("part, change", [("unet", dict(in_channels=9)), ("vae", dict(_class_name="X"))])
