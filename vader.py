@@ -104,8 +104,8 @@ class Config:
     guidance_scale: float | None = arg(None, "classifier-free guidance; 1 is off, half the time")
     fps: float | None = arg(None, "frames a second, at which the written videos play")
     eta: float = arg(0.0, "share of noise added at each DDIM step; 0 is deterministic")
-    timestep_spacing: Literal["auto", "trailing", "leading", "linspace"] = arg("auto", "where the steps lie")
-    shift: float | None = arg(None, "of Wan's steps towards noise: 5 for most few-step LoRAs, with trailing")
+    timestep_spacing: Literal["auto", "trailing", "leading", "linspace"] = arg("auto", "leading hardly works")
+    shift: float | None = arg(None, "of Wan's steps towards noise; few-step LoRAs mostly want 5 and trailing")
     # the gradient and the reward
     backprop_steps: int = arg(1, "K, denoising steps that get a gradient; costs time, not memory")
     grad_steps: Literal["auto", "last", "spread", "strongest"] = arg("auto", "which K; auto: the model's")
@@ -221,7 +221,7 @@ class Schedule(NamedTuple):
     c: list[float]
     s: list[float]
     start: float = 1.0  # scale of the first noise
-    own: tuple = ()  # the steps of the network that trains, where a model has several
+    own: tuple = ()  # the steps of the network that trains, where a model has several; else all are
 
     def leverage(self, i: int) -> float:
         """How far the result moves per unit of step i's output: |b[i]| times every |a| after it."""
@@ -266,8 +266,8 @@ def straight_through_clamp(x):
 class VideoModel:
     """What all models share; a family gives what differs."""
 
-    schedule = encode_text = decode = None  # each family writes these methods, see TextToVideoUNet
-    rollout = walk_back = None  # only with --clips, by extras/clips.py: what replaces the functions below
+    # Each family writes schedule, encode_text and decode, see TextToVideoUNet. With --clips, extras/clips.py
+    # gives it a rollout and a walk_back, which replace the functions below.
     presets = {}  # {a name for --model: {"source": hub id or folder, a field of Config: its default}}
     text_pipeline = None  # the stock pipeline, for its encode_prompt
     lora_pipeline = None  # the stock pipeline, where its load_lora_weights works
@@ -854,9 +854,9 @@ def resolve(cfg: Config, reward=None) -> Config:
 
         cfg = with_lora(cfg)
     family, _, preset = find_model(cfg.model)
-    preset = dict(fps=family.fps, grad_steps=family.grad_steps, lora_targets=ATTENTION) | preset
-    preset = dict(quantize="none", timestep_spacing="trailing") | preset
-    cfg = replace(cfg, offload=cfg.offload or preset.get("offload", False))
+    common = dict(fps=family.fps, grad_steps=family.grad_steps, lora_targets=ATTENTION)
+    preset = common | dict(quantize="none", timestep_spacing="trailing", offload=False) | preset
+    cfg = replace(cfg, offload=cfg.offload or preset["offload"])
     preset["num_frames"] *= cfg.clips or 1
     cfg = fill_in(cfg, **preset, checkpointing=cfg.device != "cpu")
     kind = {"sample": "sample-", "eval": "eval-"}.get(cfg.mode, "")

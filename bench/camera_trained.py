@@ -1,7 +1,7 @@
 """Does a model that is trained with `camera` move its camera? The tracker says, not the reward.
 
     python bench/camera_trained.py                         # four moves, seeds 0, 1, 2
-    python bench/camera_trained.py --moves "pan left" --seeds 0
+    python bench/camera_trained.py --moves "pan left" --seeds 0 --reward "camera:{move}"    # printed only
 
 Runs `--model tiny-i2v --reward camera:<move>` in runs/camera_trained/, then makes 64 videos of the base model
 and of best/, which its judge `clip` has let pass: starts that are drawn anew, of words never trained on
@@ -13,6 +13,7 @@ opencv-python-headless.
 
 import argparse
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from world import UNSEEN, save_picture  # noqa: E402
 
 import rewards  # noqa: E402
 import vader  # noqa: E402
-from extras import watch  # noqa: E402
+from extras import page, watch  # noqa: E402
 from extras.camera import camera_rates  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "camera_trained"
@@ -43,16 +44,12 @@ JUDGES = ("clip", "hps", "aesthetic")
 VIDEOS, NUMBER = 64, 100_000  # the number of the first video is that of none in a run
 
 
-def name_of(move: str, seed: int) -> str:
-    return f"{move.replace(' ', '-')}-{seed}"
-
-
-def train(move: str, seed: int, settings: str) -> Path:
+def train(reward: str, seed: int, settings: str) -> Path:
     """A run of the command line; one that is there already is not made again."""
-    out = RUNS / name_of(move, seed)
+    out = RUNS / "-".join(re.findall(r"[\w.]+", f"{reward} {seed} {settings}"))
     if not (out / "lora").exists():
         command = f"--model tiny-i2v --prompts tiny/images.jsonl --seed {seed} {settings}"
-        words = [*shlex.split(command), "--reward", REWARD.format(move=move), "--out", str(out)]
+        words = [*shlex.split(command), "--reward", reward, "--out", str(out)]
         subprocess.run([sys.executable, "vader.py", *words], check=True, cwd=HERE.parent)
     return out
 
@@ -134,23 +131,26 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--moves", nargs="+", default=MOVES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--reward", default=REWARD)
     parser.add_argument("--settings", default=SETTINGS, help="more flags of vader.py")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for seed in args.seeds:
         base, texts = videos_of(None, seed)
         for move in args.moves:
-            out = train(move, seed, args.settings)
-            which = json.loads((out / "strength.json").read_text())["best"]
-            tuned, _ = videos_of(out / ("best" if which else "lora"), seed)
-            chosen = "none, so lora/"
-            if which:
-                chosen = f"step {which['step']} at {which['strength']:g}"
+            out = train(args.reward.format(move=move), seed, args.settings)
+            lora, chosen = out / "lora", "none, so lora/"
+            found = page.read_strength(out)  # nothing without a judge
+            if found and found["best"]:
+                lora = out / "best"
+                chosen = "step {step} at {strength:g}".format(**found["best"])
+            tuned, _ = videos_of(lora, seed)
             row = {"move": move, "seed": seed, "best": chosen}
             row |= row_of(move, base, tuned, texts)
             print(json.dumps(row), flush=True)
-            tables.merge(HERE / "camera_trained.csv", [row], ("move", "seed"))
-            iio.imwrite(RUNS / f"{name_of(move, seed)}.png", strip(base, tuned))
+            if (args.reward, args.settings) == (REWARD, SETTINGS):
+                tables.merge(HERE / "camera_trained.csv", [row], ("move", "seed"))
+            iio.imwrite(out.with_name(f"{out.name}.png"), strip(base, tuned))
 
 
 if __name__ == "__main__":

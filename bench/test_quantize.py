@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import bitsandbytes as bnb
 import diffusers
+import fake
 import pytest
 import torch
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
@@ -81,13 +82,29 @@ def test_weights_are_quantised_as_they_are_read(kind, wan, monkeypatch):
 
     def create_quantized_param(self, model, value, name, *args, **kwargs):
         made.append(name)
-        weights = [p for n, p in model.named_parameters() if n.endswith("weight") and n not in made]
-        assert all(p.is_meta for p in weights if p.dim() == 2 and not p.dtype.is_floating_point)
+        for layer, part in model.named_modules():
+            waits = isinstance(part, torch.nn.Linear) and "time_embedder" not in layer
+            if waits and f"{layer}.weight" not in made:
+                assert part.weight.is_meta, layer
         create(self, model, value, name, *args, **kwargs)
+        if name.endswith("weight"):
+            weight = model.get_parameter(name)
+            small = weight.dtype == torch.uint8 if kind == "nf4" else weight.qdata.dtype == torch.int8
+            assert small and not weight.is_meta
 
     monkeypatch.setattr(quantizer, "create_quantized_param", create_quantized_param)
     load(replace(wan, quantize=kind))
-    assert len([name for name in made if name.endswith("weight")]) >= 24
+    assert len([name for name in made if name.endswith("weight")]) == 24
+
+
+def test_the_planned_bytes_of_a_layer_are_those_that_it_takes():
+    layer = torch.nn.Linear(1024, 768)
+    weight = bnb.nn.Params4bit(
+        layer.weight.data, requires_grad=False, compress_statistics=True, quant_type="nf4"
+    )
+    weight = weight.to("cpu")
+    parts = [weight.data, weight.quant_state.absmax, weight.quant_state.state2.absmax]
+    assert fake.FourBit(layer).weight.nbytes == sum(part.nbytes for part in parts)
 
 
 def test_training_in_nf4_resumes_offloads_and_samples(wan):

@@ -70,7 +70,7 @@ def test_the_second_network_is_guided_less(scale, other, a14b):
 
 
 def test_offloading_one_network_is_on_the_card_and_it_changes_once(a14b):
-    """Networks go where they are told: the meta device would lose them, so that only the telling counts."""
+    """Counted is which network is told to go where; on a CPU none moves."""
     moves, to = [], torch.nn.Module.to
     names = {}
 

@@ -23,11 +23,12 @@ def prepare(model, cfg):
     if cfg.quantize != "none" and not cfg.base_lora and model.folder != "unet":
         model.quantization = quantization(cfg.quantize, model.dtype, model.device)
         return
-    loras = dict.fromkeys([model.folder])
+    loras = {model.folder: None}
     if cfg.base_lora:
         loras = loras_of(cfg.base_lora, type(model))
         model.base_lora = ",".join(map(public_name, loras.values()))
-    for folder, source in loras.items():
+    for folder in sorted(loras, key=lambda folder: folder == model.folder):  # what waits on the host first
+        source = loras[folder]
         denoiser = model.load_denoiser(folder)
         if source:
             adapted = put_on(f"{FLAG} {source}", denoiser, read_lora(source, FLAG, type(model)))

@@ -32,7 +32,7 @@ def read_stock(where: str, file: Path, tensors: dict, family) -> tuple[peft.Lora
         for key, alpha in rename(given or {}, family).items():
             layer = key.removesuffix(".alpha").split(".lora_A")[0]
             alphas[layer] = alpha
-    place = f"{where}: there is no LoRA of the {family.folder} in it"
+    place = f"{where}: there is no LoRA of the {part_of(family)} in it"
     require(matrices, f"{place}, in PEFT's format or one of {family.lora_pipeline.__name__}")
     lines = describe_left_out(where, tensors.keys() - find_kept(where, tensors, family))
     header = rename(header or {}, family)
