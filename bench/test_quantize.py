@@ -4,14 +4,17 @@ Nothing else is replaced, but for a shortcut of bitsandbytes on processors with 
 weights anew in a pass without gradient and is at fault (bitsandbytes#2078).
 """
 
+import shutil
 from dataclasses import replace
 
 import bitsandbytes as bnb
 import diffusers
 import fake
+import peft
 import pytest
 import torch
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer
+from safetensors.torch import load_file, save_file
 from test_models import our_frames, stock_frames
 
 import vader
@@ -118,31 +121,43 @@ def test_training_in_nf4_resumes_offloads_and_samples(wan):
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_base_lora_is_fused_before(kind, wan, tmp_path):
-    """Most of it arrives, though it is smaller than a step between two of 16 numbers."""
-    run = load(wan)
-    for name, p in vader.lora_parameters(run.model).items():
-        p.data.normal_(std=0.02 if "lora_B" in name else 0.2)
-    vader.save_lora(run.model, tmp_path / "base")
-    name = "blocks.0.attn1.to_q"
-    layer = run.model.denoiser.get_base_model().get_submodule(name)
-    told = layer.get_delta_weight("default")
+@pytest.mark.parametrize("name", ["wan", "wan-a14b"])
+def test_a_base_lora_is_fused_before(name, kind, wan, checkpoints, tmp_path):
+    """Frames are those of a checkpoint that was fused whole, of layers in full precision and biases, too."""
+    cfg = replace(
+        wan,
+        model=str(checkpoints(name)),
+        quantize="none",
+        lora_targets="to_q,to_out.0,time_embedder.linear_1",
+    )
+    run = load(cfg)
+    config = run.model.denoiser.peft_config["default"]
+    config.lora_bias, config.rank_pattern, config.alpha_pattern = True, {"to_q": 2}, {"to_q": 7}
+    source = tmp_path / "fused"
+    shutil.copytree(cfg.model, source)
+    loras, folders = [], ["transformer", "transformer_2"][: 1 + (name == "wan-a14b")]
+    for seed, folder in enumerate(folders):
+        torch.manual_seed(seed)
+        adapted = peft.get_peft_model(run.model.load_denoiser(folder), config)
+        for key, p in adapted.named_parameters():
+            if "lora_" in key:
+                p.data.normal_(std=0.02 if "lora_B" in key else 0.2)
+        adapted.save_pretrained(tmp_path / folder, save_embedding_layers=False)
+        loras.append(str(tmp_path / folder))
+        adapted.merge_and_unload().save_pretrained(source / folder)
     found = []
-    for base in (None, str(tmp_path / "base")):
-        cfg = replace(wan, quantize=kind, base_lora=base, mode="sample")
-        small = load(cfg, randomise=False).model.denoiser.get_submodule(name)
-        x = torch.eye(24)
-        found.append(small(x) - small(0 * x))
-    arrived = (found[1] - found[0]).T
-    share = (arrived * told).sum() / told.square().sum()
-    assert 0.5 < share < 1.5
+    for where in (
+        dict(base_lora=",".join(loras)),
+        dict(model=str(source)),
+        dict(),
+    ):
+        run = load(replace(cfg, quantize=kind, mode="sample", **where), randomise=False)
+        found.append(our_frames(run, batch(run)))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-6)
+    assert (found[0] - found[2]).abs().max() > 1e-3
 
 
 def test_nan_in_the_checkpoint_is_seen(wan, checkpoints, tmp_path):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     source = shutil.copytree(wan.model, tmp_path / "model")
     file = source / "transformer" / "diffusion_pytorch_model.safetensors"
     for name in ("blocks.0.attn1.to_q.weight", "blocks.0.attn1.to_q.bias"):

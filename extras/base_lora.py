@@ -1,12 +1,13 @@
 """The frozen base, before a LoRA is trained on it: --base_lora is fused in, --quantize makes it small."""
 
+import functools
 import warnings
 from pathlib import Path
 
 import diffusers
 import torch
 
-from extras.lora import build_on_meta, put_on, read_lora
+from extras.lora import PEFT_PREFIX, Lora, build_on_meta, put_on, read_lora
 from extras.lora_files import public_name
 from rewards import read_json, require
 
@@ -16,29 +17,79 @@ FLAG = "--base_lora"
 def prepare(model, cfg):
     """Before the model loads: fuse --base_lora into its denoiser, and have that quantised by --quantize.
 
-    diffusers quantises a transformer weight by weight as it reads them. What a LoRA is fused into must be
-    whole before, in host memory, or little of the LoRA arrives; it is quantised afterwards. So are U-Nets,
-    which are small.
+    diffusers quantises a transformer weight by weight as it reads them, and each gets its part of the LoRA
+    just before: afterwards little of it would arrive. U-Nets are small, and quantised when they are whole.
     """
-    if cfg.quantize != "none" and not cfg.base_lora and model.folder != "unet":
+    quantises = cfg.quantize != "none"
+    by_weight = quantises and model.folder != "unet"
+    if by_weight:
         model.quantization = quantization(cfg.quantize, model.dtype, model.device)
-        return
-    loras = {model.folder: None}
     if cfg.base_lora:
         loras = loras_of(cfg.base_lora, type(model))
         model.base_lora = ",".join(map(public_name, loras.values()))
+    elif by_weight:
+        return
+    else:
+        loras = {model.folder: None}
     for folder in sorted(loras, key=lambda folder: folder == model.folder):  # what waits on the host first
         source = loras[folder]
-        denoiser = model.load_denoiser(folder)
-        if source:
-            adapted = put_on(f"{FLAG} {source}", denoiser, read_lora(source, FLAG, type(model)))
-            denoiser = adapted.merge_and_unload().eval().requires_grad_(False)
-        if cfg.quantize != "none":
-            quantize(denoiser, cfg.quantize, model.dtype, model.device)
+        where = f"{FLAG} {source}"
+        lora = read_lora(source, FLAG, type(model)) if source else None
+        if by_weight:
+            denoiser = load_fused(model, folder, where, lora, cfg.quantize)
+        else:
+            denoiser = model.load_denoiser(folder)
+            if lora:
+                adapted = put_on(where, denoiser, lora)
+                denoiser = adapted.merge_and_unload().eval().requires_grad_(False)
+            if quantises:
+                quantize(denoiser, cfg.quantize, model.dtype, model.device)
         if folder == model.folder:
             model.denoiser = denoiser
         else:
             model.other = denoiser.to("cpu")
+
+
+def load_fused(model, folder: str, where: str, lora: Lora, kind: str):
+    """A denoiser of the checkpoint, each weight with its part of the LoRA, then quantised, one by one."""
+    adapted = put_on(where, build_on_meta(type(model), model.source), lora)
+    matrices = {}
+    for key, matrix in lora.matrices.items():
+        name = key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
+        matrices[PEFT_PREFIX + name] = matrix.float()
+    adapted.load_state_dict(matrices, strict=False, assign=True)
+    parts = {}  # {a parameter of the denoiser: what gives that which is added to it}
+    for name, layer in adapted.base_model.model.named_modules():
+        if hasattr(layer, "get_delta_weight"):
+            parts[f"{name}.weight"] = functools.partial(layer.get_delta_weight, "default")
+            bias = layer.lora_B["default"].bias
+            if bias is not None:
+                parts[f"{name}.bias"] = functools.partial(torch.mul, bias, layer.scaling["default"])
+
+    def fused(value, name):
+        part = parts.pop(name)()
+        return (value.float() + part.to(value.device)).to(value.dtype)
+
+    if kind == "nf4":
+        from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer as Quantizer
+    else:
+        from diffusers.quantizers.torchao import TorchAoHfQuantizer as Quantizer
+    create = Quantizer.create_quantized_param
+
+    def create_fused(self, network, value, name, *args, **kwargs):
+        if name in parts:
+            value = fused(value, name)
+        return create(self, network, value, name, *args, **kwargs)
+
+    Quantizer.create_quantized_param = create_fused
+    try:
+        denoiser = model.load_denoiser(folder)
+    finally:
+        Quantizer.create_quantized_param = create
+    for name in list(parts):  # of what is not quantised
+        weight = denoiser.get_parameter(name)
+        weight.data = fused(weight.data, name)
+    return denoiser.eval().requires_grad_(False)
 
 
 def loras_of(base_lora: str, family) -> dict[str, str]:
