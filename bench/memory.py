@@ -118,8 +118,8 @@ def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, floa
         phase("rewards", *networks)
         run.conds = model.encode([*prompts, vader.Prompt("")], cfg)
         phase("encoding prompts", *networks)
-        if cfg.quantize != "none" or cfg.base_lora:
-            prepare(model, cfg)
+        if cfg.quantize != "none":
+            prepare(model, dataclasses.replace(cfg, base_lora=None))  # a LoRA that is fused in takes no room
         if cfg.offload and hasattr(model, "other"):  # it is only there when its steps come
             model.other = model.load_denoiser(model.other_folder)
             always.append(model.other)
