@@ -3,11 +3,10 @@
     python bench/host.py        # 8 processes, two minutes; fills 7 GB of a temporary folder, then removes it
 
 Builds Wan 2.1's transformer at full width with 2 and 5 of its 40 blocks, in float32 as published, in files of
-at most 400 MB, and a LoRA of rank 64 of all linear layers of its blocks. Each way of loading runs in its own process;
-"held" is what the network takes, "peak" the most that was there at once, above what Python and the libraries
-take, without the pages of files (which the system takes back). The quantised network stays in host memory,
-since there is no GPU; with one it is there that "held" is. What a file holds is in neither.
-Needs bitsandbytes, which runs nf4 on a CPU; diffusers' check for a GPU is passed over.
+at most 400 MB, and a LoRA of rank 64 of all linear layers of its blocks. Each way of loading has a process of
+its own. "held" is what the network takes, "peak" the most that was there at once, above what Python and the
+libraries take, without the pages of files, which the system takes back. There is no GPU, so what is quantised
+stays in host memory. Needs bitsandbytes, which runs nf4 on a CPU; diffusers' check for a GPU is passed over.
 """
 
 import gc
