@@ -3,12 +3,12 @@
     python bench/camera_trained.py                         # four moves, seeds 0, 1, 2
     python bench/camera_trained.py --moves "pan left" --seeds 0 --reward "camera:{move}"    # printed only
 
-Runs `--model tiny-i2v --reward camera:<move>` in runs/camera_trained/, then makes 64 videos of the base model
-and of best/, which its judge `clip` has let pass: starts that are drawn anew, of words never trained on
-together, noise of their own. Writes bench/camera_trained.csv: which LoRA is best/; what bench/tracker.py
-and the reward see of the told move (for `still` the mean size of the four rates, for `smooth` that of their
-change in time), what `clip`, `hps` and `aesthetic` see; each before, after, and the paired t. Needs
-opencv-python-headless.
+Runs `--model tiny-i2v --reward camera:<move>` in runs/camera_trained/, where best/ is what the judge `clip`
+has let pass on 64 drawn starts. Then makes 64 videos of the base model and of best/: starts that are drawn
+anew, of words never trained on together, noise of their own. Writes bench/camera_trained.csv: which LoRA is
+best/; what bench/tracker.py and the reward see of the told move (for `still` the mean size of the four rates,
+for `smooth` that of their change in time), what `clip`, `hps` and `aesthetic` see; each before, after, and
+the paired t. Needs opencv-python-headless.
 """
 
 import argparse
@@ -39,33 +39,37 @@ RUNS = HERE.parent / "runs" / "camera_trained"
 MOVES = ("smooth", "still", "pan left", "zoom in")
 OPPOSITES = {"pan left": "pan right"}  # of the moves that are the tracker's, the other way round
 REWARD = "camera:{move} + 5*hps"
-SETTINGS = "--decode_chunk 8 --eval_every 50"
+SETTINGS = f"--decode_chunk 8 --eval_every 50 --eval_videos 64 --eval_prompts {RUNS}/chosen/starts.jsonl"
 JUDGES = ("clip", "hps", "aesthetic")
 VIDEOS, NUMBER = 64, 100_000  # the number of the first video is that of none in a run
 
 
 def train(reward: str, seed: int, settings: str) -> Path:
     """A run of the command line; one that is there already is not made again."""
-    out = RUNS / "-".join(re.findall(r"[\w.]+", f"{reward} {seed} {settings}"))
+    told = settings.replace(str(RUNS), "")
+    out = RUNS / "-".join(re.findall(r"[\w.]+", f"{reward} {seed} {told}"))
     if not (out / "lora").exists():
+        draw_starts("chosen", 2000)
         command = f"--model tiny-i2v --prompts tiny/images.jsonl --seed {seed} {settings}"
         words = [*shlex.split(command), "--reward", reward, "--out", str(out)]
         subprocess.run([sys.executable, "vader.py", *words], check=True, cwd=HERE.parent)
     return out
 
 
-def unseen_starts() -> list[vader.Prompt]:
-    """64 drawn pictures, a fifth of them photographs with an object in front."""
-    folder = RUNS / "starts"
+def draw_starts(name: str, seed: int) -> list[vader.Prompt]:
+    """64 drawn pictures in a folder, a fifth of them photographs with an object in front, and its .jsonl."""
+    folder = RUNS / name
     folder.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(1000)
+    generator = torch.Generator().manual_seed(seed)
     combinations = pick_views(UNSEEN, VIDEOS, generator)
     videos, _, _ = draw_views(combinations, generator)
-    prompts = []
+    prompts, rows = [], []
     for n, video in enumerate(videos):
         file = folder / f"{n:02d}.png"
         save_picture(video[0], file)
         prompts.append(vader.Prompt(view_caption(combinations[n]), str(file)))
+        rows.append(json.dumps({"prompt": prompts[-1].text, "image": file.name}))
+    (folder / "starts.jsonl").write_text("\n".join(rows) + "\n")
     return prompts
 
 
@@ -75,7 +79,7 @@ def videos_of(lora: Path | None, seed: int):
     cfg = vader.Config(
         mode="sample", model="tiny-i2v", lora=lora and str(lora), seed=seed, out=str(RUNS / "judged")
     )
-    prompts = unseen_starts()
+    prompts = draw_starts("judged", 1000)
     run = vader.load_run(vader.resolve(cfg), prompts)
     parts = []
     for first in range(0, VIDEOS, 8):
