@@ -438,8 +438,9 @@ def make_dynamic(device, dtype, weights=None):
 def make_camera(device, dtype, weights=None, *, arg):
     """How well the camera does as told, by extras/camera.py. arg: smooth, still, zoom in, pan left, ...
     smooth: minus the rates' mean squared change over their mean square, 0 at best; still: minus their mean
-    size; a move: its mean rate, less an eighth of the others' and its change. Of neighbours or of frames four
-    steps apart, whichever is less: shading passes for motion less over four. Reports the rates and `seen`."""
+    size; a move: its mean rate (at most 2), less an eighth of the others' and its change. Of neighbours or of
+    frames four steps apart, whichever is less: shading passes for motion less over four. Reports the rates
+    and `seen`."""
     from extras.camera import camera_rates
 
     names = ["pan right", "pan up", "zoom in", "roll right"]  # the rates; then their opposites
@@ -456,6 +457,7 @@ def make_camera(device, dtype, weights=None, *, arg):
             return -size.mean(1)
         axis = move % 4
         own = torch.cat([rates, -rates], dim=-1)[..., move].mean(1)
+        own = 2 * torch.tanh(own / 2)  # more is sooner had by shading
         others = size.sum(1) - size[:, axis]
         return own - (others + jerk[..., axis].abs().mean(1)) / 8
 

@@ -17,6 +17,7 @@ import re
 import shlex
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -46,8 +47,8 @@ VIDEOS, NUMBER = 64, 100_000  # the number of the first video is that of none in
 
 def train(reward: str, seed: int, settings: str) -> Path:
     """A run of the command line; one that is there already is not made again."""
-    told = settings.replace(str(RUNS), "")
-    out = RUNS / "-".join(re.findall(r"[\w.]+", f"{reward} {seed} {told}"))
+    number = zlib.crc32(settings.replace(str(RUNS), "").encode())
+    out = RUNS / "-".join([*re.findall(r"[\w.]+", f"{reward} {seed}"), str(number)])
     if not (out / "lora").exists():
         draw_starts("chosen", 2000)
         command = f"--model tiny-i2v --prompts tiny/images.jsonl --seed {seed} {settings}"
