@@ -143,6 +143,10 @@ def test_a_move_is_rewarded_and_its_opposite_is_not(move):
     right, faster, wrong = (moved(PICTURES["cat"], axis, sign * rate) for rate in (1, 2, -1))
     values = reward(torch.stack([right, faster, wrong]), [""] * 3)
     assert values[1] > values[0] > 0 > values[2]
+    far, farther = reward(
+        torch.stack([moved(PICTURES["cat"], axis, sign * rate) for rate in (3, 5)]), [""] * 2
+    )
+    assert values[1] < far < 2 and farther - far < 0.4 * (far - values[0])  # twice as much more, less for it
     path = torch.zeros(8, 4)
     path[:, axis] = sign * torch.arange(8.0)
     for other in {0, 1, 2, 3} - {axis}:  # the same with a second move, and with jitter, is worth less
