@@ -10,6 +10,7 @@ from test_models import our_frames, stock_frames
 
 import vader
 from conftest import PROMPTS, batch, checked, load
+from models import wan_vae
 from models.wan import WanA14BHigh
 from rewards import BadInput
 
@@ -115,3 +116,31 @@ def test_a_pair_of_loras_is_fused_into_the_pair(a14b, a14b_high, tmp_path):
         checked(replace(a14b, base_lora=files[0]))
     rows = vader.train(replace(a14b, base_lora=",".join(files), steps=1))
     assert rows[1]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("kind, shape", [("wan", (4, 44)), ("wan", (44, 4)), ("wan22", (4, 44))])
+def test_the_gradient_in_tiles_is_that_of_the_whole(kind, shape, checkpoints, monkeypatch):
+    """Of the first frame and of one that has earlier ones; with less beside a tile it is not."""
+    family, _, _ = vader.find_model(str(checkpoints(kind)))
+    model = family(str(checkpoints(kind)), "cpu", torch.float32)
+    model.load()
+    model.recompute()
+    torch.manual_seed(0)
+    latents = torch.randn(1, model.vae.config.z_dim, 2, *shape)
+    in_tiles = mock.Mock(wraps=wan_vae.decode_in_tiles)
+    monkeypatch.setattr("models.wan.decode_in_tiles", in_tiles)
+
+    def decoded(pick, tile, halo):
+        monkeypatch.setattr(wan_vae, "TILE", tile)
+        monkeypatch.setattr(wan_vae, "HALO", halo)
+        x = latents.clone().requires_grad_()
+        frames = model.decode(x, [pick])
+        frames.square().sum().backward()
+        return torch.cat([frames.detach().flatten(), x.grad.flatten()])
+
+    quarter = model.scale**2 * 44  # of a frame's pixels
+    for pick in (0, 1):
+        whole = decoded(pick, 1e9, 13)
+        assert (decoded(pick, quarter, 13) - whole).norm() < 1e-6 * whole.norm()
+        assert (decoded(pick, quarter, 3) - whole).norm() > 1e-5 * whole.norm()
+    assert [call.args[-1] for call in in_tiles.call_args_list] == [4] * 4

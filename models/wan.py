@@ -1,14 +1,12 @@
 """Wan 2.1 and 2.2 (2025), from 1.3B to A14B: flow transformers, a causal VAE of 4 frames a latent, UMT5."""
 
-import functools
-
 import diffusers
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-from torch.utils.checkpoint import checkpoint
 
 from extras.images import FromImage
+from models.wan_vae import checkpoint_cached_blocks, decode_in_tiles, tiles_for
 from rewards import require
 from vader import HERE, PUBLISHED, TINY, VideoModel, read_config, straight_through_clamp, tabulate
 
@@ -93,10 +91,15 @@ class Wan(VideoModel):
         hidden = self.vae.post_quant_conv((latents * std + mean).to(self.dtype))
         convolutions = sum(type(m).__name__ == "WanCausalConv3d" for m in self.vae.decoder.modules())
         cache, parts = [None] * convolutions, []
+        alone = graph and len(picks) == 1
+        tiles = tiles_for(self.scale**2 * hidden[0, 0, 0].numel()) if alone else 1
         for i in range(picks[-1] + 1):
             with torch.set_grad_enabled(graph and i in picks):
-                piece = hidden[:, :, i : i + 1]
-                frames = self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
+                piece, first = hidden[:, :, i : i + 1], i == 0
+                if tiles > 1 and i in picks:
+                    frames = decode_in_tiles(self.vae.decoder, piece, cache, first, tiles)
+                else:
+                    frames = self.vae.decoder(piece, feat_cache=cache, feat_idx=[0], first_chunk=first)
             if i in picks:
                 parts.append(unpatchify(frames, self.vae.config.patch_size or 1))
         return straight_through_clamp(torch.cat(parts, dim=2).transpose(1, 2).float() / 2 + 0.5)
@@ -169,31 +172,3 @@ class WanA14BHigh(WanA14B):
 
     def trains(self, t):
         return t >= self.boundary()
-
-
-def checkpoint_cached_blocks(vae):
-    """As `rewards.checkpoint_blocks`, for Wan's VAE: its blocks use a list of earlier frames' features.
-
-    A block's part of the list becomes arguments and results, so that computing it again does no harm.
-    """
-
-    def recomputed(forward, slots, x, feat_cache, feat_idx):
-        if not torch.is_grad_enabled():
-            return forward(x, feat_cache=feat_cache, feat_idx=feat_idx)
-
-        def pure(x, *before):
-            after = list(before)
-            return forward(x, feat_cache=after, feat_idx=[0]), *after
-
-        first = feat_idx[0]
-        before = feat_cache[first : first + slots]
-        y, *after = checkpoint(pure, x, *before, use_reentrant=False, preserve_rng_state=False)
-        feat_cache[first : first + slots] = after
-        feat_idx[0] += slots
-        return y
-
-    for module in vae.modules():
-        kind = type(module).__name__
-        if kind in ("WanResidualBlock", "WanResample"):
-            slots = 2 if kind == "WanResidualBlock" else int(module.mode == "upsample3d")
-            module.forward = functools.partial(recomputed, module.forward, slots)
