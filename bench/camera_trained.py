@@ -39,8 +39,9 @@ from extras.camera import camera_rates  # noqa: E402
 RUNS = HERE.parent / "runs" / "camera_trained"
 MOVES = ("smooth", "still", "pan left", "zoom in")
 OPPOSITES = {"pan left": "pan right"}  # of the moves that are the tracker's, the other way round
-REWARD = "camera:{move} + 5*hps"
+REWARD = "camera:{move} + 2*hps"
 SETTINGS = f"--decode_chunk 8 --eval_every 50 --eval_videos 64 --eval_prompts {RUNS}/chosen/starts.jsonl"
+SETTINGS += " --lr 5e-4"
 JUDGES = ("clip", "hps", "aesthetic")
 VIDEOS, NUMBER = 64, 100_000  # the number of the first video is that of none in a run
 
