@@ -6,11 +6,10 @@
 
 Takes the flags of vader.py; no weights, no GPU, and no network for what is in bench/configs. A whole update
 runs on networks without content: counted is what the allocator is asked for, not its rounding, nor CUDA's
-own, nor the copies of the LoRA in extras/quick.py; and the floating-point operations of matrix products,
-convolutions and attention, two for a multiply-add, and the kernels that are launched. Both take their time:
-small kernels wait for the processor that launches them, large ones for the card.
-memory.csv: gigabytes by phase, at the models' default sizes. --measure makes the same updates with weights as
-PyTorch initialises them, and two sampling steps; the seconds of the others are added.
+own, nor the copies of the LoRA in extras/quick.py; the floating-point operations of matrix products,
+convolutions and attention, two for a multiply-add; and the kernels that are launched, which small ones wait
+for. memory.csv: gigabytes by phase, at the models' default sizes; launches with `hps` alone. --measure makes
+the same updates with weights as PyTorch initialises them, and two sampling steps, and adds the others' time.
 """
 
 import argparse
@@ -243,11 +242,12 @@ def write_table(measured: bool):
         frames = 16 if reward == "vjepa" and model != "svd" else None
         cfg = vader.Config(model=model, reward=reward, offload=waits, decode_frames=frames, watch="none")
         if key not in rows:
-            found = predict(cfg, operations := {})
+            found = predict(cfg, operations := {}, launches := {})
             found["peak"] = max(found.values())
             rows[key] = dict(zip(("model", "reward", "offload"), key, strict=True))
             rows[key] |= {name: f"{size:.2f}" for name, size in found.items()}
             rows[key]["TFLOP an update"] = f"{sum(operations.values()):.0f}"
+            rows[key]["million launches"] = f"{sum(launches.values()):.3f}"
             rows[key] |= dict.fromkeys(["measured peak", "seconds per update"], "not measured yet")
         if measured:
             made = measure(cfg)

@@ -111,7 +111,9 @@ def test_the_models_of_the_readme_have_their_predicted_peaks():
             said.append(f"{float(peak):.1f}" if peak else "")
         rows = [row for row in table("memory") if (row["model"], row["reward"]) == (model, "hps")]
         updates = vader.resolve(Config(model=model, reward="hps")).steps
-        predicted = hours({"all": float(rows[0]["TFLOP an update"])}, {}, updates)["RTX 4060 Ti"]
+        operations = {"all": float(rows[0]["TFLOP an update"])}
+        launches = {"all": float(rows[0]["million launches"])}
+        predicted = hours(operations, launches, updates)["RTX 4060 Ti"]
         assert [model, f"{predicted:.1f}", *said] in [[line[0], *line[-3:]] for line in cells]
     for model in memory.MODELS:
         assert peaks.keys() > {(model, reward, "no") for reward in ("aesthetic", "vjepa")}
