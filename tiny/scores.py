@@ -26,8 +26,8 @@ Rewards, on drawn clips of held-out captions: aesthetic has rank correlation 0.9
 finds the right caption of 64 for 87.1 % of 311 clips; hps orders 96.3 % and pickscore 97.7 % of 512 pairs
 right; remove finds 93.2 % of 512 objects at IoU 0.5; action names 99.6 % of 512 motions; vjepa finds a time-
 shuffled clip worse in 91.4 and 89.5 % of 256 pairs (two draws of the order), of dull ones in 94.8 % of 192,
-after the autoencoder of t2v in 86.5 % and of i2v (earlier weights) in 76.6 %. Dull clips score -0.449, after
-these autoencoders -0.459 and -0.455, a still picture -0.525. ask, on 256 such clips, yes and no as often:
+after the autoencoders of t2v and of i2v in 86.5 % each. Dull clips score -0.449, after
+these autoencoders -0.459 and -0.456, a still picture -0.525. ask, on 256 such clips, yes and no as often:
 right about colour in 100 %, object 98.8, motion 89.8, place 100, the whole caption 97.7 %, a blue sky 100;
 after the autoencoder 100, 99.6, 90.6, 100, 96.5, 100 %.
 """
