@@ -17,7 +17,9 @@ HALO = 13  # 3 x 3 kernels: 6 at the latents' size, then 7, 7, 7 and 1 at 2, 4, 
 
 def tiles_for(pixels: int) -> int:
     """How many tiles a frame of so many pixels has."""
-    return math.ceil(pixels / TILE) if pixels > 2 * TILE else 1
+    if pixels <= 2 * TILE:
+        return 1
+    return math.ceil(pixels / TILE)
 
 
 def spans(size: int, count: int) -> list[tuple[int, int, int, int]]:
@@ -39,9 +41,8 @@ def decode_in_tiles(decoder, latent, cache: list, is_first: bool, count: int):
     place = [1]
     hidden = decoder.mid_block(hidden, feat_cache=features, feat_idx=place)
     used = place[0]
-    height, width = hidden.shape[-2:]
-    side = -1 if width >= height else -2
-    length = hidden.shape[side]
+    length = max(hidden.shape[-2:])
+    side = hidden.shape.index(length, 3)
 
     def cut(x, first, end):
         if not isinstance(x, torch.Tensor):  # a cache says "Rep", or has nothing yet
@@ -51,7 +52,9 @@ def decode_in_tiles(decoder, latent, cache: list, is_first: bool, count: int):
 
     def tile(hidden, first, end, *before):
         x = cut(hidden, first, end)
-        features = [None] * used + [cut(part, first, end) for part in before]
+        features = [None] * used
+        for part in before:
+            features.append(cut(part, first, end))
         place = [used]
         for block in decoder.up_blocks:
             x = block(x, feat_cache=features, feat_idx=place, first_chunk=is_first)
