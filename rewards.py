@@ -439,8 +439,8 @@ def make_camera(device, dtype, weights=None, *, arg):
     """How well the camera does as told, by extras/camera.py. arg: smooth, still, zoom in, pan left, ...
     smooth: minus the rates' mean squared change over their mean square, 0 at best; still: minus their mean
     size; a move: its mean rate (at most 2), less an eighth of the others' and its change. Of neighbours or of
-    frames four steps apart, whichever is less: shading passes for motion less over four. Reports the rates
-    and `seen`."""
+    frames four steps apart (or half the clip), whichever is less: shading passes for motion less over four.
+    Rates are by scored frame. Reports them and `seen`."""
     from extras.camera import camera_rates
 
     names = ["pan right", "pan up", "zoom in", "roll right"]  # the rates; then their opposites

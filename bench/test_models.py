@@ -482,6 +482,8 @@ def test_what_a_family_can_not_do_is_one_line(checkpoints, prompts_file, tmp_pat
     cases = [
         (checkpoints("wan"), "--eta 0.5", "--eta adds noise"),
         (checkpoints("wan"), "--num_frames 6", "1 more than a multiple of 4"),
+        (checkpoints("ltx"), "--timestep_spacing leading", "--timestep_spacing: this model has steps of its"),
+        (checkpoints("anyflow"), "--timestep_spacing trailing", "--timestep_spacing: this model has steps"),
         (checkpoints("wan"), "--height 40", "multiples of 16"),
         (checkpoints("ltx"), "--num_inference_steps 1", "--num_inference_steps must be 2 or more"),
         (checkpoints("svd"), "", "starts from an image"),

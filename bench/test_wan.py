@@ -1,11 +1,13 @@
 """Tests of Wan's two networks and of steps for few-step LoRAs, on small random checkpoints."""
 
+import os
 from dataclasses import replace
 from unittest import mock
 
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_models import our_frames, stock_frames
 
 import vader
@@ -97,7 +99,7 @@ def test_offloading_one_network_is_on_the_card_and_it_changes_once(a14b):
         assert len(here) <= 1, moves
 
 
-def test_a_pair_of_loras_is_fused_into_the_pair(a14b, a14b_high, tmp_path):
+def test_a_pair_of_loras_is_fused_into_the_pair(a14b, a14b_high, tmp_path, monkeypatch):
     """The first is of the network of much noise, in stock's files; one alone is refused."""
     files = []
     for cfg in (a14b_high, a14b):
@@ -112,10 +114,20 @@ def test_a_pair_of_loras_is_fused_into_the_pair(a14b, a14b_high, tmp_path):
     given = batch(run)
     torch.testing.assert_close(our_frames(run, given), stock_frames(pipe, run, given), rtol=0, atol=1e-3)
     assert run.model.base_lora.count("pytorch_lora_weights.safetensors") == 2
-    with pytest.raises(BadInput, match="2 networks, 1 LoRAs: give them as transformer.safetensors,transf"):
-        checked(replace(a14b, base_lora=files[0]))
-    rows = vader.train(replace(a14b, base_lora=",".join(files), steps=1))
+    for wrong in (files[0], f"{files[0]},", f",{files[1]}"):
+        with pytest.raises(BadInput, match="as many LoRAs as the model has networks, as in transformer.safe"):
+            checked(replace(a14b, base_lora=wrong))
+    cfg = replace(a14b, base_lora=",".join(files), steps=1)
+    rows = vader.train(cfg)
     assert rows[1]["grad_norm"] > 0
+
+    elsewhere = [os.path.relpath(file, tmp_path) for file in files]
+    monkeypatch.chdir(tmp_path)  # the same files by other names
+    vader.train(replace(cfg, base_lora=", ".join(elsewhere), steps=2, resume=True))
+    state = load_file(files[1])
+    save_file({name: 2 * value for name, value in state.items()}, files[1], {"format": "pt"})
+    with pytest.raises(BadInput, match="was started with another content of --base_lora"):
+        vader.train(replace(cfg, steps=3, resume=True))
 
 
 @pytest.mark.parametrize("kind, shape", [("wan", (4, 44)), ("wan", (44, 4)), ("wan22", (4, 44))])

@@ -7,6 +7,7 @@ from pathlib import Path
 import diffusers
 import torch
 
+from extras.find_lora import split_loras
 from extras.lora import PEFT_PREFIX, Lora, build_on_meta, put_on, read_lora
 from extras.lora_files import public_name
 from rewards import read_json, require
@@ -95,12 +96,10 @@ def load_fused(model, folder: str, where: str, lora: Lora, kind: str):
 def loras_of(base_lora: str, family) -> dict[str, str]:
     """Which LoRA goes into which of the family's networks: {folder: LoRA}. Raises BadInput."""
     folders = sorted({family.folder, getattr(family, "other_folder", family.folder)})
-    sources = [source.strip() for source in base_lora.split(",")]
-    if len(folders) == 1:
-        sources = [base_lora]
+    sources = split_loras(base_lora)
     names = ",".join(f"{folder}.safetensors" for folder in folders)
-    problem = f"{FLAG} {base_lora}: {len(folders)} networks, {len(sources)} LoRAs: give them as {names}"
-    require(len(sources) == len(folders), problem)
+    problem = f"{FLAG} {base_lora}: give as many LoRAs as the model has networks, as in {names}"
+    require(len(sources) == len(folders) and all(sources), problem)
     return dict(zip(folders, sources, strict=True))
 
 
@@ -126,7 +125,7 @@ def warn_of_other_base(lora: str, base_lora: str | None):
     if not file.is_file():
         return
     trained_with = read_json(file).get("base_lora")
-    now = base_lora and ",".join(map(public_name, base_lora.split(",")))
+    now = base_lora and ",".join(map(public_name, split_loras(base_lora)))
     if trained_with != now:
         others = f"{trained_with or 'none'}, not {now or 'none'}"
         print(f"{lora} was trained with {FLAG} {others}: see its run's config.json")

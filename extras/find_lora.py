@@ -35,6 +35,26 @@ def find_lora(source: str, flag: str) -> Path:
     return fetch(place, name, flag)
 
 
+def split_loras(source: str) -> list[str]:
+    """The LoRAs of --base_lora: one, also where its path has a comma, or "high,low" for two networks."""
+    if Path(source).exists():
+        return [source]
+    return [os.path.expanduser(part.strip()) for part in source.split(",")]
+
+
+def is_same_path(first: str | None, second: str | None) -> bool:
+    """Do both name the same files or folders, which are there?"""
+    places = []
+    for source in (first, second):
+        if not isinstance(source, str):
+            return False
+        paths = [Path(part) for part in split_loras(source)]
+        if not all(path.exists() for path in paths):
+            return False
+        places.append([path.resolve() for path in paths])
+    return places[0] == places[1]
+
+
 def is_peft(file: Path) -> bool:
     """Is this PEFT's file, with its config beside it?"""
     return file.name == NAMES[0] and file.with_name("adapter_config.json").is_file()

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 import vader
+from extras.find_lora import split_loras
 
 
 def run_settings(cfg, prompts: list) -> dict:
@@ -29,7 +30,8 @@ def run_settings(cfg, prompts: list) -> dict:
         "versions": versions,
     }
     for flag in ("lora", "base_lora", "reward_weights"):
-        settings[f"content of --{flag}"] = digest(getattr(cfg, flag))
+        found = [digest(part) for part in split_loras(getattr(cfg, flag) or "")]
+        settings[f"content of --{flag}"] = found[0] if len(found) == 1 else found
     return settings
 
 
@@ -41,9 +43,9 @@ def write_settings(cfg, prompts: list):
     vader.write_atomic(Path(cfg.out) / "config.json", json.dumps(settings, indent=1))
 
 
-def digest(source: str | None) -> str | None:
+def digest(source: str) -> str | None:
     """A hash of a file or a folder, of a run's folder that of its LoRA; None if it is not on the disk."""
-    if source is None or not Path(source).exists():
+    if not source or not Path(source).exists():
         return None
     path = Path(source)
     if (path / "lora" / "adapter_config.json").is_file():

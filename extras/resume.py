@@ -10,6 +10,7 @@ import torch
 
 import vader
 from extras import page, watch
+from extras.find_lora import is_same_path
 from extras.holding import hold_folder
 from extras.record import run_settings
 from rewards import as_bad_input, read_json, require
@@ -147,14 +148,6 @@ def check_settings(out: Path, settings: dict, free=FREE):
         else:
             started = f"with --{name} {old}"
         require(False, f"{out} was started {started}: resume it so, or give another --out")
-
-
-def is_same_path(first: str | None, second: str | None) -> bool:
-    if not (isinstance(first, str) and isinstance(second, str)):
-        return False
-    if not (Path(first).exists() and Path(second).exists()):
-        return False
-    return Path(first).resolve() == Path(second).resolve()
 
 
 def check_checkpoint(path: Path, cfg, updates: int):

@@ -4,6 +4,7 @@ import diffusers
 import torch
 
 from models.wan import Wan
+from rewards import require
 from vader import tabulate
 
 
@@ -23,6 +24,8 @@ class AnyFlow(Wan):
 
     def schedule(self, cfg):
         """t: (T, 2), a step's time and the next one's."""
+        own = cfg.timestep_spacing == "linspace"
+        require(own, "--timestep_spacing: this model has steps of its own, leave it out")
         scheduler = diffusers.FlowMapEulerDiscreteScheduler(shift=cfg.shift or self.shift())
         scheduler.set_timesteps(cfg.num_inference_steps)
         schedule = tabulate(scheduler)

@@ -28,6 +28,8 @@ class LTX(FromImage, VideoModel):
 
     def schedule(self, cfg):
         """Euler steps of rectified flow; the more tokens, the more noise."""
+        own = cfg.timestep_spacing == "trailing"
+        require(own, "--timestep_spacing: this model has steps of its own, leave it out")
         require(cfg.num_inference_steps > 1, "--num_inference_steps must be 2 or more for this model")
         config = read_config(self.source, "scheduler/scheduler_config.json")
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(config)

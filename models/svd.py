@@ -4,6 +4,7 @@ import diffusers
 import torch
 
 from extras.images import open_image, to_tensor
+from rewards import require
 from vader import (
     HERE,
     PUBLISHED,
@@ -40,6 +41,8 @@ class StableVideoDiffusion(VideoModel):
 
     def schedule(self, cfg):
         """Euler steps over noise levels sigma, v prediction (Karras et al. 2022, alg. 1 and eq. 7)."""
+        own = cfg.timestep_spacing == "trailing"
+        require(own, "--timestep_spacing: this model has steps of its own, leave it out")
         config = read_config(self.source, "scheduler/scheduler_config.json")
         scheduler = diffusers.EulerDiscreteScheduler.from_config(config)
         scheduler.set_timesteps(cfg.num_inference_steps)

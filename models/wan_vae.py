@@ -34,7 +34,7 @@ def spans(size: int, count: int) -> list[tuple[int, int, int, int]]:
 def decode_in_tiles(decoder, latent, cache: list, is_first: bool, count: int):
     """One latent frame (B, C, 1, H, W) decoded as by a WanDecoder3d, in tiles along its longer side.
 
-    cache: the features of earlier frames, which stay as they are.
+    cache: the features of earlier frames, which stay as they are: a later frame would not find this one's.
     """
     features = list(cache)
     hidden = decoder.conv_in(latent, features[0])
