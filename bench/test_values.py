@@ -330,7 +330,7 @@ def camera_value(kind, rates):
     own = (MOVES + OPPOSITES).index(kind) % 4
     others = np.mean(np.abs(rates), axis=0).sum() - np.mean(np.abs(rates[:, own]))
     value = np.mean(rates[:, own]) * (-1 if kind in OPPOSITES else 1)
-    return value - (others + np.mean(np.abs(changes[:, own]))) / 8
+    return 2 * np.tanh(value / 2) - (others + np.mean(np.abs(changes[:, own]))) / 8
 
 
 @pytest.mark.parametrize("kind", ["smooth", "still", *MOVES, *OPPOSITES])
