@@ -48,9 +48,9 @@ def work(out: Path, processes: int):
     sys.exit(code)
 
 
-def measure(processes: int) -> dict:
+def measure(processes: int, turn: int) -> dict:
     """Seconds of each update and of each evaluation (or strength), and of the rest."""
-    out = RUNS / f"{processes}-{os.getpid()}"
+    out = RUNS / f"{processes}-{os.getpid()}-{turn}"
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 else []
     words = [sys.executable, *launcher, __file__, str(out), str(processes)]
     RUNS.mkdir(parents=True, exist_ok=True)
@@ -70,8 +70,8 @@ def count(one: dict, processes: int, updates=200, looks=5 + 3 + 2) -> float:
 
 
 def main():
-    for processes in (1, 2, 1, 2):
-        parts = measure(processes)
+    for turn, processes in enumerate((1, 2, 1, 2)):
+        parts = measure(processes, turn)
         if processes == 1:
             one = parts
         update, look = (statistics.mean(parts[name]) for name in ("updates", "evaluations"))
