@@ -22,38 +22,37 @@ def prepare(model, cfg):
     just before: afterwards little of it would arrive. U-Nets are small, and quantised when they are whole.
     """
     quantises = cfg.quantize != "none"
-    by_weight = quantises and model.folder != "unet"
-    if by_weight:
+    if quantises and model.folder != "unet":
         model.quantization = quantization(cfg.quantize, model.dtype, model.device)
     if cfg.base_lora:
         loras = loras_of(cfg.base_lora, type(model))
         model.base_lora = ",".join(map(public_name, loras.values()))
-    elif by_weight:
-        return
+        own = loras.pop(model.folder)
+        for folder, source in loras.items():  # of the other network, which waits on the host
+            model.other = load_fused(model, folder, source).to("cpu")
+        model.denoiser = load_fused(model, model.folder, own)
+    if quantises and model.folder == "unet":
+        model.denoiser = model.denoiser or model.load_denoiser(model.folder)
+        quantize(model.denoiser, cfg.quantize, model.dtype, model.device)
+
+
+def load_fused(model, folder: str, source: str):
+    """A denoiser of the checkpoint with a LoRA fused into it, before each weight is quantised."""
+    where = f"{FLAG} {source}"
+    lora = read_lora(source, FLAG, type(model))
+    if model.quantization:
+        empty = put_on(where, build_on_meta(type(model), model.source), lora)
+        denoiser = load_by_weight(model, folder, empty, lora)
     else:
-        loras = {model.folder: None}
-    for folder in sorted(loras, key=lambda folder: folder == model.folder):  # what waits on the host first
-        source = loras[folder]
-        where = f"{FLAG} {source}"
-        lora = read_lora(source, FLAG, type(model)) if source else None
-        if by_weight:
-            denoiser = load_fused(model, folder, where, lora, cfg.quantize)
-        else:
-            denoiser = model.load_denoiser(folder)
-            if lora:
-                adapted = put_on(where, denoiser, lora)
-                denoiser = adapted.merge_and_unload().eval().requires_grad_(False)
-            if quantises:
-                quantize(denoiser, cfg.quantize, model.dtype, model.device)
-        if folder == model.folder:
-            model.denoiser = denoiser
-        else:
-            model.other = denoiser.to("cpu")
+        denoiser = put_on(where, model.load_denoiser(folder), lora).merge_and_unload()
+    return denoiser.eval().requires_grad_(False)
 
 
-def load_fused(model, folder: str, where: str, lora: Lora, kind: str):
-    """A denoiser of the checkpoint, each weight with its part of the LoRA, then quantised, one by one."""
-    adapted = put_on(where, build_on_meta(type(model), model.source), lora)
+def load_by_weight(model, folder: str, adapted, lora: Lora):
+    """A denoiser of the checkpoint, each weight with its part of the LoRA, then quantised, one by one.
+
+    adapted: a denoiser without weights that has such a LoRA.
+    """
     matrices = {}
     for key, matrix in lora.matrices.items():
         name = key.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default.")
@@ -71,7 +70,7 @@ def load_fused(model, folder: str, where: str, lora: Lora, kind: str):
         part = parts.pop(name)()
         return (value.float() + part.to(value.device)).to(value.dtype)
 
-    if kind == "nf4":
+    if isinstance(model.quantization["quantization_config"], diffusers.BitsAndBytesConfig):
         from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer as Quantizer
     else:
         from diffusers.quantizers.torchao import TorchAoHfQuantizer as Quantizer
@@ -90,7 +89,7 @@ def load_fused(model, folder: str, where: str, lora: Lora, kind: str):
     for name in list(parts):  # of what is not quantised
         weight = denoiser.get_parameter(name)
         weight.data = fused(weight.data, name)
-    return denoiser.eval().requires_grad_(False)
+    return denoiser
 
 
 def loras_of(base_lora: str, family) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Where the file of --lora or --base_lora is: in a folder, in a run's, or on the hub."""
 
+import itertools
 import os
 from pathlib import Path
 
@@ -39,20 +40,22 @@ def split_loras(source: str) -> list[str]:
     """The LoRAs of --base_lora: one, also where its path has a comma, or "high,low" for two networks."""
     if Path(source).exists():
         return [source]
-    return [os.path.expanduser(part.strip()) for part in source.split(",")]
+    parts = []
+    for part in source.split(","):
+        parts.append(os.path.expanduser(part.strip()))
+    return parts
 
 
 def is_same_path(first: str | None, second: str | None) -> bool:
     """Do both name the same files or folders, which are there?"""
-    places = []
-    for source in (first, second):
-        if not isinstance(source, str):
+    if not (isinstance(first, str) and isinstance(second, str)):
+        return False
+    for one, other in itertools.zip_longest(split_loras(first), split_loras(second), fillvalue=""):
+        if not (one and other and os.path.exists(one) and os.path.exists(other)):
             return False
-        paths = [Path(part) for part in split_loras(source)]
-        if not all(path.exists() for path in paths):
+        if not os.path.samefile(one, other):
             return False
-        places.append([path.resolve() for path in paths])
-    return places[0] == places[1]
+    return True
 
 
 def is_peft(file: Path) -> bool:

@@ -30,8 +30,10 @@ def run_settings(cfg, prompts: list) -> dict:
         "versions": versions,
     }
     for flag in ("lora", "base_lora", "reward_weights"):
-        found = [digest(part) for part in split_loras(getattr(cfg, flag) or "")]
-        settings[f"content of --{flag}"] = found[0] if len(found) == 1 else found
+        found = list(map(digest, split_loras(getattr(cfg, flag) or "")))
+        if len(found) == 1:
+            (found,) = found
+        settings[f"content of --{flag}"] = found
     return settings
 
 
