@@ -12,7 +12,7 @@ from test_models import our_frames, stock_frames
 
 import vader
 from conftest import PROMPTS, batch, checked, load
-from models import wan_vae
+from models import tiles
 from models.wan import WanA14BHigh
 from rewards import BadInput
 
@@ -139,12 +139,12 @@ def test_the_gradient_in_tiles_is_that_of_the_whole(kind, shape, checkpoints, mo
     model.recompute()
     torch.manual_seed(0)
     latents = torch.randn(1, model.vae.config.z_dim, 2, *shape)
-    in_tiles = mock.Mock(wraps=wan_vae.decode_in_tiles)
+    in_tiles = mock.Mock(wraps=tiles.decode_in_tiles)
     monkeypatch.setattr("models.wan.decode_in_tiles", in_tiles)
 
     def decoded(pick, tile, halo):
-        monkeypatch.setattr(wan_vae, "TILE", tile)
-        monkeypatch.setattr(wan_vae, "HALO", halo)
+        monkeypatch.setattr(tiles, "TILE", tile)
+        monkeypatch.setattr(tiles, "HALO", halo)
         x = latents.clone().requires_grad_()
         frames = model.decode(x, [pick])
         frames.square().sum().backward()
@@ -156,3 +156,33 @@ def test_the_gradient_in_tiles_is_that_of_the_whole(kind, shape, checkpoints, mo
         assert (decoded(pick, quarter, 13) - whole).norm() < 1e-6 * whole.norm()
         assert (decoded(pick, quarter, 3) - whole).norm() > 1e-5 * whole.norm()
     assert [call.args[-1] for call in in_tiles.call_args_list] == [4] * 4
+
+
+@pytest.mark.parametrize("kind, causal", [("ltx", False), ("ltx", True), ("ltx-image", False)])
+def test_ltx_in_parts_of_the_time_has_the_gradient_of_the_whole(kind, causal, checkpoints, monkeypatch):
+    """With the timestep that later VAEs take, too; with fewer frames beside a part it is another."""
+    family, _, _ = vader.find_model(str(checkpoints(kind)))
+    model = family(str(checkpoints(kind)), "cpu", torch.float32)
+    model.load()
+    for module in model.vae.decoder.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = causal
+    model.recompute()
+    torch.manual_seed(0)
+    latents = torch.randn(1, model.vae.config.latent_channels, 4, 2, 3)
+    computed = mock.Mock(wraps=tiles.checkpoint)
+    monkeypatch.setattr(tiles, "checkpoint", computed)
+
+    def decoded(part, frames):
+        monkeypatch.setattr(tiles, "PART", part)
+        monkeypatch.setattr(tiles, "FRAMES", frames)
+        x = latents.clone().requires_grad_()
+        frames = model.decode(x, [1, 3])
+        frames.square().sum().backward()
+        return torch.cat([frames.detach().flatten(), x.grad.flatten()])
+
+    whole = decoded(1e9, 4)
+    blocks = computed.call_count
+    assert (decoded(100, 4) - whole).norm() < 1e-6 * whole.norm()
+    assert computed.call_count > 3 * blocks
+    assert (decoded(100, 1) - whole).norm() > 1e-5 * whole.norm()

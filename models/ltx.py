@@ -4,6 +4,7 @@ import diffusers
 import torch
 
 from extras.images import FromImage
+from models.tiles import compute_in_parts
 from rewards import require
 from vader import PUBLISHED, VideoModel, generator_for, read_config, straight_through_clamp, tabulate
 
@@ -17,7 +18,6 @@ class LTX(FromImage, VideoModel):
     denoiser_class = diffusers.LTXVideoTransformer3DModel
     vae_class = diffusers.AutoencoderKLLTXVideo
     checkpointed = ("LTXVideoTransformerBlock",)
-    vae_checkpointed = ("LTXVideoResnetBlock3d",)
     multiple, frame_multiple = 32, 8
     scale, frames_per_latent = 32, 8
     max_tokens = 128
@@ -58,6 +58,10 @@ class LTX(FromImage, VideoModel):
         for block in self.vae.decoder.modules():  # 0.9.1's draws noise: recomputing would not repeat
             if hasattr(block, "per_channel_scale1"):
                 block.per_channel_scale1 = block.per_channel_scale2 = None
+
+    def recompute(self):
+        super().recompute()
+        compute_in_parts(self.vae.decoder, ("LTXVideoResnetBlock3d",))
 
     def flow(self, x, times, cond):
         frames, height, width = x.shape[2:]

@@ -6,7 +6,7 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
 from extras.images import FromImage
-from models.wan_vae import checkpoint_cached_blocks, decode_in_tiles, tiles_for
+from models.tiles import checkpoint_cached_blocks, decode_in_tiles, tiles_for
 from rewards import require
 from vader import HERE, PUBLISHED, TINY, VideoModel, read_config, straight_through_clamp, tabulate
 
