@@ -36,7 +36,8 @@ class LTX(FromImage, VideoModel):
         known = scheduler.config
         _, frames, height, width = self.latent_shape(cfg)
         tokens = frames * height * width
-        slope = (known.max_shift - known.base_shift) / (known.max_image_seq_len - known.base_image_seq_len)
+        more_tokens = known.max_image_seq_len - known.base_image_seq_len
+        slope = (known.max_shift - known.base_shift) / more_tokens
         shift = known.base_shift + slope * (tokens - known.base_image_seq_len)
         steps = cfg.num_inference_steps
         sigmas = torch.linspace(1, 1 / steps, steps).double()
@@ -51,7 +52,8 @@ class LTX(FromImage, VideoModel):
     def statistics(self):
         """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1) each."""
         both = torch.stack([self.vae.latents_mean, self.vae.latents_std])
-        return both[..., None, None, None].to(self.device)
+        both = both[..., None, None, None]
+        return both.to(self.device)
 
     def load(self):
         super().load()
@@ -70,9 +72,12 @@ class LTX(FromImage, VideoModel):
         if len(times) > 1:  # a time for each token
             times = times.expand(frames, height, width)
         times = times.flatten().expand(len(x), -1)
-        tokens = x.flatten(2).transpose(1, 2).to(self.dtype)
-        f = self.denoiser(tokens, timestep=times, **cond, **kwargs, return_dict=False)[0]
-        return f.transpose(1, 2).unflatten(2, (frames, height, width)).float()
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = tokens.to(self.dtype)
+        kwargs |= dict(timestep=times, return_dict=False)
+        f = self.denoiser(tokens, **cond, **kwargs)[0]
+        f = f.transpose(1, 2).unflatten(2, (frames, height, width))
+        return f.float()
 
     def decode(self, latents, picks):
         """As in vader.py. This VAE looks both ways in time and is cheap: it decodes all for any picks."""
@@ -83,7 +88,10 @@ class LTX(FromImage, VideoModel):
             noise = torch.randn(hidden.shape, generator=generator_for("decode noise"))
             hidden = torch.lerp(hidden, noise.to(self.device), self.decode_noise_scale)
             timestep = torch.full((len(hidden),), self.decode_timestep).to(self.device, self.dtype)
-        video = self.vae.decode(hidden.to(self.dtype), timestep).sample.transpose(1, 2).float()
-        sizes = [1] + [self.frames_per_latent] * (latents.shape[2] - 1)
+        video = self.vae.decode(hidden.to(self.dtype), timestep).sample
+        video = video.transpose(1, 2).float()
+        later = latents.shape[2] - 1
+        sizes = [1] + [self.frames_per_latent] * later
         by_latent = video.split(sizes, dim=1)
-        return straight_through_clamp(torch.cat([by_latent[n] for n in picks], dim=1) / 2 + 0.5)
+        picked = torch.cat([by_latent[n] for n in picks], dim=1)
+        return straight_through_clamp(picked / 2 + 0.5)
