@@ -48,13 +48,6 @@ def count_attention():
 count_attention()
 
 
-def forget(tensor):
-    """As `offload.to_host`, of which nothing counts: (size, dtype) of what waits on the host."""
-    if tensor.is_leaf or not tensor.requires_grad:
-        return tensor, None
-    return tensor.shape, tensor.dtype
-
-
 def remember(saved):
     first, dtype = saved
     return first if dtype is None else torch.empty(first, dtype=dtype)
@@ -101,6 +94,14 @@ def quantise_without_weights(network, kind: str):
             network.set_submodule(name, FourBit(layer))
 
 
+def size_of(tensor) -> int:
+    """Bytes, of a quantised one those of its parts."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.nbytes
+    parts, _ = tensor.__tensor_flatten__()
+    return sum(getattr(tensor, name).nbytes for name in parts)
+
+
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of all storages alive that were made inside, their peak, operations, and launches.
 
@@ -113,7 +114,14 @@ class LiveStorages(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.sizes, self.now, self.peak = {}, 0, 0
-        self.operations = self.launches = 0
+        self.operations = self.launches = self.moved = 0
+
+    def forget(self, tensor):
+        """As `offload.to_host`: (size, dtype) of what waits on the host, which is moved there and back."""
+        if tensor.is_leaf or not tensor.requires_grad:
+            return tensor, None
+        self.moved += 2 * tensor.nbytes
+        return tensor.shape, tensor.dtype
 
     def free(self, key):
         self.now -= self.sizes.pop(key)

@@ -7,9 +7,10 @@
 Takes the flags of vader.py; no weights, no GPU, and no network for what is in bench/configs. A whole update
 runs on networks without content: counted is what the allocator is asked for, not its rounding, nor CUDA's
 own, nor the copies of the LoRA in extras/quick.py; the floating-point operations of matrix products,
-convolutions and attention, two for a multiply-add; and the kernels that are launched, which small ones wait
-for. memory.csv: gigabytes by phase, at the models' default sizes; launches with `hps` alone. --measure makes
-the same updates with weights as PyTorch initialises them, and two sampling steps, and adds the others' time.
+convolutions and attention, two for a multiply-add; the kernels that are launched, which small ones wait for;
+and what moves between card and host. memory.csv: gigabytes by phase, at the models' default sizes. --measure
+makes the same updates with weights as PyTorch initialises them, and two sampling steps, and adds the others'
+time.
 """
 
 import argparse
@@ -27,10 +28,9 @@ from unittest import mock
 import diffusers
 import torch
 import transformers
-from fake import LiveStorages, forget, remember, without_weights
-from hours import describe
+from fake import LiveStorages, remember, size_of, without_weights
+from hours import Work, describe
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -75,16 +75,10 @@ def make_terms(cfg: vader.Config, device) -> dict:
     )
 
 
-def size_of(tensor) -> int:
-    """Bytes, of a quantised one those of its parts."""
-    parts = tensor.__tensor_flatten__()[0] if is_traceable_wrapper_subclass(tensor) else ()
-    return sum(getattr(tensor, name).nbytes for name in parts) if parts else tensor.nbytes
-
-
-def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, float]:
+def predict(cfg: vader.Config, work: Work | None = None) -> dict[str, float]:
     """The peak of each phase of one update in GB: {phase: GB}. Raises BadInput.
 
-    operations, launches: get the update's, {"sampling", "score", "walk back": 1e12 and 1e6 of them}.
+    work: gets what the update does while "sampling", "score" and "walk back".
     """
     cfg, prompts = resolve(cfg)
     videos, T, K = cfg.grad_accum, cfg.num_inference_steps, cfg.backprop_steps
@@ -94,7 +88,7 @@ def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, floa
     schedule = vader.Schedule(times, [1.0], [1.0], [1.0], [0.0])  # one step is as large as any
     found, idle = {}, 0  # idle: bytes that wait on the host
     always = []  # networks that do in each phase
-    counted = {"operations": {}, "launches": {}}  # by phase
+    counted = {"operations": {}, "launches": {}, "moved": {}}  # by phase
 
     def phase(name, *waiting):
         """It is over; in the next one these networks wait on the host."""
@@ -127,7 +121,7 @@ def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, floa
         vader.add_lora(model, cfg)
         model.recompute()
         if cfg.offload:
-            stack.enter_context(mock.patch.multiple(offload, to_host=forget, from_host=remember))
+            stack.enter_context(mock.patch.multiple(offload, to_host=memory.forget, from_host=remember))
             model.denoise = offload.inputs_on_host(model.denoise)
             model.decode = offload.inputs_on_host(model.decode)
         optimizer = vader.make_optimizer(run)
@@ -167,12 +161,17 @@ def predict(cfg: vader.Config, operations=None, launches=None) -> dict[str, floa
     found["loading"] = max(found["loading"], found.pop("loading one", 0))
     del found["rewards"], found["passing"]  # parts of loading, of rollout
     times = {"sampling": ("rollout", T), "score": ("score", 1 / len(places)), "walk back": ("walk back", K)}
-    for wanted, kind, unit in ((operations, "operations", 1e12), (launches, "launches", 1e6)):
-        if wanted is None:
-            continue
+    work = work or Work()
+    for kind, unit in {"operations": 1e12, "launches": 1e6, "moved": 1e9}.items():
+        done = getattr(work, kind)
         for name, (part, n) in times.items():
-            wanted[name] = videos * n * counted[kind][part] / unit
-        wanted["sampling"] -= videos * (T - 1) * counted[kind]["passing"] / unit
+            done[name] = videos * n * counted[kind][part] / unit
+        done["sampling"] -= videos * (T - 1) * counted[kind]["passing"] / unit
+    swapped = [*scoring, *denoiser]
+    if always:  # the two networks change places in a rollout
+        swapped += [*always, *denoiser]
+    sizes = [size_of(p) for network in swapped for p in network.parameters()]
+    work.moved["networks"] = videos * 2 * sum(sizes) / 1e9
     return found
 
 
@@ -242,12 +241,13 @@ def write_table(measured: bool):
         frames = 16 if reward == "vjepa" and model != "svd" else None
         cfg = vader.Config(model=model, reward=reward, offload=waits, decode_frames=frames, watch="none")
         if key not in rows:
-            found = predict(cfg, operations := {}, launches := {})
+            found = predict(cfg, work := Work())
             found["peak"] = max(found.values())
             rows[key] = dict(zip(("model", "reward", "offload"), key, strict=True))
             rows[key] |= {name: f"{size:.2f}" for name, size in found.items()}
-            rows[key]["TFLOP an update"] = f"{sum(operations.values()):.0f}"
-            rows[key]["million launches"] = f"{sum(launches.values()):.3f}"
+            rows[key]["TFLOP an update"] = f"{sum(work.operations.values()):.0f}"
+            rows[key]["million launches"] = f"{sum(work.launches.values()):.3f}"
+            rows[key]["GB moved"] = f"{sum(work.moved.values()):.0f}"
             rows[key] |= dict.fromkeys(["measured peak", "seconds per update"], "not measured yet")
         if measured:
             made = measure(cfg)
@@ -268,7 +268,7 @@ def main(argv=None) -> int:
     args, flags = parser.parse_known_args(argv)
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
-    operations, launches = {}, {}
+    work = Work()
     try:
         vader.require(args.vram > 0, "--vram: give the gigabytes that there are")
         vader.require(torch.cuda.is_available() or not args.measure, "--measure needs a CUDA GPU")
@@ -278,15 +278,13 @@ def main(argv=None) -> int:
             write_table(args.measure)
             return 0
         cfg = vader.parse_args(flags)
-        found = predict(cfg, operations, launches)
+        found = predict(cfg, work)
     except rewards.BadInput as error:
         print(f"memory.py: error: {error}", file=sys.stderr)
         return 2
     print("\n".join(f"{name:18}{size:6.2f} GB" for name, size in found.items()))
     print(f"{'peak':18}{(peak := max(found.values())):6.2f} GB predicted; CUDA itself takes about 0.5 more")
-    for name, count in operations.items():
-        print(f"{name:18}{count:9.2f} TFLOP an update, {launches[name]:.2f} million launches")
-    print(describe(operations, launches, resolve(cfg)[0].steps))
+    print(describe(work, resolve(cfg)[0].steps))
     if args.measure:
         print(measure(cfg))
     if peak <= args.vram:

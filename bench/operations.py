@@ -24,13 +24,14 @@ def main():
     cfg = vader.Config(reward="aesthetic", dtype="fp32", watch="none", reward_weights=vader.TOY)
     cfgs = {model: dataclasses.replace(cfg, model=model) for model in MODELS}
     for model, one in cfgs.items():
-        memory.predict(one, counts.setdefault(model, {}))
+        memory.predict(one, counts.setdefault(model, memory.Work()))
     for _ in range(5):
         for model, one in cfgs.items():
             found = memory.measure(one, device="cpu", updates=2)
             seconds[model].append(found["seconds per update"])
     for model in MODELS:
-        gigas, best, worst = 1e3 * sum(counts[model].values()), min(seconds[model]), max(seconds[model])
+        gigas = 1e3 * sum(counts[model].operations.values())
+        best, worst = min(seconds[model]), max(seconds[model])
         pace = f"{gigas / best:.1f} GFLOP/s, {gigas / worst:.1f} in the slowest"
         print(f"{model}: {gigas:.1f} GFLOP an update, {best:.2f} s: {pace}")
 

@@ -24,7 +24,7 @@ import strip
 import tables
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet3DConditionModel
-from hours import hours
+from hours import Work, hours
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import VJEPA2Model
 
@@ -111,9 +111,9 @@ def test_the_models_of_the_readme_have_their_predicted_peaks():
             said.append(f"{float(peak):.1f}" if peak else "")
         rows = [row for row in table("memory") if (row["model"], row["reward"]) == (model, "hps")]
         updates = vader.resolve(Config(model=model, reward="hps")).steps
-        operations = {"all": float(rows[0]["TFLOP an update"])}
-        launches = {"all": float(rows[0]["million launches"])}
-        predicted = hours(operations, launches, updates)["RTX 4060 Ti"]
+        columns = ("TFLOP an update", "million launches", "GB moved")
+        work = Work(*({"all": float(rows[0][column])} for column in columns))
+        predicted = hours(work, updates)["RTX 4060 Ti"]
         assert [model, f"{predicted:.1f}", *said] in [[line[0], *line[-3:]] for line in cells]
     for model in memory.MODELS:
         assert peaks.keys() > {(model, reward, "no") for reward in ("aesthetic", "vjepa")}
@@ -146,15 +146,15 @@ def test_the_plan_of_modelscope_is_the_table_s_and_adds_up(capsys, monkeypatch):
     """Its peaks by phase and the operations of an update, to the last digit that is written."""
     chosen = ["modelscope", "aesthetic", "no"]
     (stored,) = (row for row in table("memory") if [*row.values()][:3] == chosen)
-    found = memory.predict(Config(model=chosen[0], reward=chosen[1], watch="none"), operations := {})
+    found = memory.predict(Config(model=chosen[0], reward=chosen[1], watch="none"), work := Work())
     assert {name: f"{size:.2f}" for name, size in found.items()}.items() <= stored.items()
-    assert f"{sum(operations.values()):.0f}" == stored["TFLOP an update"]
+    assert f"{sum(work.operations.values()):.0f}" == stored["TFLOP an update"]
     # U-Net 1.41, VAE decoder and encoder 0.08, CLIP ViT-L/14 vision 0.30 thousand million weights in bf16,
     # LoRA in float32
     assert 3.5 < found["all weights"] < 3.8
     assert 0.5 < found["walk back"] - found["all weights"] < 2
     assert planned(capsys, "--model", "some/where")[0] == 2
-    monkeypatch.setattr(memory, "predict", lambda cfg, operations, launches: found)
+    monkeypatch.setattr(memory, "predict", lambda cfg, work: found)
     code, printed = planned(capsys, "--model", chosen[0], "--reward", chosen[1], "--vram", "4")
     assert code == 1 and max(printed.values()) == printed["walk back"]
 
@@ -227,7 +227,7 @@ def test_plan_takes_a_reward_and_a_model_that_were_just_added(checkpoints, monke
 def test_operations_are_those_of_a_real_update(settings):
     """Against PyTorch's own counter over an update that computes, on the small model."""
     cfg = dataclasses.replace(settings, checkpointing=True, backprop_steps=2, grad_accum=3)
-    memory.predict(dataclasses.replace(cfg, dtype="fp32"), counted := {})
+    memory.predict(dataclasses.replace(cfg, dtype="fp32"), work := Work())
     with mock.patch.object(quick, "install"):  # the plan has the LoRA apart
         run, found = load(cfg), {}
     parts = {"rollout": "sampling", "score": "score", "walk_back": "walk back"}
@@ -247,12 +247,32 @@ def test_operations_are_those_of_a_real_update(settings):
         for name in parts:
             patch.setattr(vader, name, counting(name))
         vader.micro_batch(run, PROMPTS, 0, 0)
-    assert counted == pytest.approx(found, rel=0.01) and counted["sampling"] > counted["score"]
+    assert work.operations == pytest.approx(found, rel=0.01)
+    assert work.operations["sampling"] > work.operations["score"]
+    assert sum(work.moved.values()) == 0  # without --offload
 
 
-def test_hours_are_operations_over_a_card_s_pace_and_launches():
-    found = hours({"sampling": 900.0, "walk back": 100.0}, {"sampling": 1.0, "walk back": 0.5}, 36)
-    assert found["A100"] == pytest.approx((1000 / (312 * 0.4) + 57) * 36 / 3600)  # 1.5 million of 38e-6 s
+def test_hours_are_operations_over_a_card_s_pace_launches_and_what_moves():
+    launches = {"sampling": 1.0, "walk back": 0.5}
+    found = hours(Work({"sampling": 900.0, "walk back": 100.0}, launches, {"score": 24.0}), 36)
+    assert found["A100"] == pytest.approx((1000 / (312 * 0.4) + 57 + 2) * 36 / 3600)  # 1.5 million of 38e-6 s
+
+
+@pytest.mark.parametrize("reward", ["colorful", "remove:star"])
+def test_with_offload_networks_and_the_inputs_of_blocks_move(reward, settings):
+    """There and back: the denoiser and what scores, for each micro-batch; the rest with each step."""
+    cfg = dataclasses.replace(settings, offload=True, checkpointing=True, dtype="bf16", grad_accum=3)
+    cfg = dataclasses.replace(cfg, reward=reward, reward_weights=TOY)
+    memory.predict(cfg, once := Work())
+    memory.predict(dataclasses.replace(cfg, backprop_steps=2), twice := Work())
+    run = load(dataclasses.replace(cfg, dtype="fp32"))
+    networks = [run.model.denoiser, run.model.vae]
+    for _, term in run.terms.values():
+        networks += getattr(term, "networks", ())
+    weights = [p.numel() * (4 if p.requires_grad else 2) for n in networks for p in n.parameters()]
+    assert once.moved["networks"] == pytest.approx(3 * 2 * sum(weights) / 1e9)
+    assert once.moved["sampling"] == 0 < once.moved["score"]
+    assert twice.moved["walk back"] == pytest.approx(2 * once.moved["walk back"])
 
 
 def peak_of_an_update(cfg):

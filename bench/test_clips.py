@@ -182,12 +182,13 @@ def test_somebody_s_own_estimator_gets_each_clip_that_was_scored(picks, in_clips
 @pytest.mark.slow
 def test_a_plan_is_flat_in_clips_and_counts_each_clip_s_steps(settings):
     few = dict(decode_frames=1, dtype="fp32", num_inference_steps=300)
-    (one, once), (three, thrice) = found = [({}, {}), ({}, {})]
-    for clips, (phases, operations) in zip((None, 3), found, strict=True):
+    (one, once), (three, thrice) = found = [({}, memory.Work()), ({}, memory.Work())]
+    for clips, (phases, work) in zip((None, 3), found, strict=True):
         cfg, _ = settings(clips=clips, num_frames=2 * (clips or 1), **few)
-        phases.update(memory.predict(cfg, operations))
+        phases.update(memory.predict(cfg, work))
     for name in ("score", "walk back"):
         assert three[name] - three["all weights"] < 1.25 * (one[name] - one["all weights"]), name
+    once, thrice = once.operations, thrice.operations
     assert thrice["sampling"] == pytest.approx(3 * once["sampling"], rel=0.05)
     assert thrice["score"] == pytest.approx(once["score"], rel=0.1)
 
