@@ -37,11 +37,15 @@ from extras import page, watch  # noqa: E402
 from extras.camera import camera_rates  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "camera_trained"
-MOVES = ("smooth", "still", "pan left", "zoom in")
+# of each move the reward and settings: a zoom, which moves each place another way, takes longest to learn
+MOVES = {
+    "smooth": ("camera:{move} + 2*hps", "--steps 50 --eval_every 50 --lr 5e-4"),
+    "still": ("camera:{move} + 2*hps", "--steps 50 --eval_every 50 --lr 5e-4"),
+    "pan left": ("camera:{move} + 2*hps", "--steps 100 --eval_every 50 --lr 1e-3"),
+    "zoom in": ("4*camera:{move} + 2*hps", "--steps 150 --eval_every 75 --lr 1e-3 --batch_size 4"),
+}
 OPPOSITES = {"pan left": "pan right"}  # of the moves that are the tracker's, the other way round
-REWARD = "camera:{move} + 2*hps"
-SETTINGS = f"--decode_chunk 8 --eval_every 50 --eval_videos 64 --eval_prompts {RUNS}/chosen/starts.jsonl"
-SETTINGS += " --lr 5e-4"
+CHOSEN = f"--decode_chunk 8 --eval_videos 64 --eval_prompts {RUNS}/chosen/starts.jsonl"
 JUDGES = ("clip", "hps", "aesthetic")
 VIDEOS, NUMBER = 64, 100_000  # the number of the first video is that of none in a run
 
@@ -135,16 +139,19 @@ def strip(base, tuned, count=6):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--moves", nargs="+", default=MOVES)
+    parser.add_argument("--moves", nargs="+", default=[*MOVES], choices=MOVES)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--reward", default=REWARD)
-    parser.add_argument("--settings", default=SETTINGS, help="more flags of vader.py")
+    parser.add_argument("--reward", help="in place of that of MOVES")
+    parser.add_argument("--settings", help="in place of those of MOVES and CHOSEN")
     args = parser.parse_args()
     torch.set_num_threads(1)
     for seed in args.seeds:
         base, texts = videos_of(None, seed)
         for move in args.moves:
-            out = train(args.reward.format(move=move), seed, args.settings)
+            reward, settings = MOVES[move]
+            reward = args.reward or reward
+            settings = args.settings or f"{settings} {CHOSEN}"
+            out = train(reward.format(move=move), seed, settings)
             lora, chosen = out / "lora", "none, so lora/"
             found = page.read_strength(out)  # nothing without a judge
             if found and found["best"]:
@@ -154,7 +161,7 @@ def main():
             row = {"move": move, "seed": seed, "best": chosen}
             row |= row_of(move, base, tuned, texts)
             print(json.dumps(row), flush=True)
-            if (args.reward, args.settings) == (REWARD, SETTINGS):
+            if not args.reward and not args.settings:
                 tables.merge(HERE / "camera_trained.csv", [row], ("move", "seed"))
             iio.imwrite(out.with_name(f"{out.name}.png"), strip(base, tuned))
 

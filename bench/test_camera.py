@@ -108,7 +108,7 @@ def test_the_world_of_tiny_i2v_shows_the_camera_that_moves_it():
     rates, seen = camera_rates(clips)
     textured = seen.mean(1) > 0.15
     errors = (rates - true).abs().mean(1)[textured]
-    assert textured.float().mean() > 0.8 and errors.median() < 0.05 and errors.mean() < 0.15
+    assert textured.float().mean() > 0.75 and errors.median() < 0.05 and errors.mean() < 0.15
     tracked = torch.from_numpy(np.stack([tracker.track(clip) for clip in clips[textured][:12]]))
     assert torch.nanmedian((tracked - true[textured][:12]).abs()) < 0.25
     still = true.abs().amax((1, 2)) == 0

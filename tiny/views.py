@@ -32,7 +32,7 @@ from world import (
 PHOTOS = ("cat", "rocket")
 SPAN = 1.8  # a scene is drawn from -SPAN to SPAN, of which a camera at rest sees -1 to 1
 DRAWN = 192  # pixels of a scene
-FASTEST = 4  # percent of the frame a step, of each of the four rates
+FASTEST = torch.tensor([5.0, 5.0, 10.0, 8.0])  # percent a step: right, up, in, rolled right
 SHAKE = 0.7  # percent of the frame
 FLATNESS = (2, 1, 2, 1)  # of the ground's texture: waves lie flat, and dunes
 
@@ -94,7 +94,7 @@ def draw_paths(n: int, generator, frames=FRAMES):
     """How far each camera is right, up, in and rolled right of its start, in percent: (n, frames, 4)."""
     moves = torch.rand((n, 4), generator=generator) < 0.4
     moves = moves & (torch.rand((n, 1), generator=generator) < 0.8)
-    rates = moves * uniform((n, 4), -FASTEST, FASTEST, generator)
+    rates = moves * FASTEST * uniform((n, 4), -1, 1, generator)
     path = rates[:, None] * torch.arange(frames)[:, None]
     shaky = torch.rand((n, 1, 1), generator=generator) < 0.33
     path = path + SHAKE * shaky * torch.randn((n, frames, 4), generator=generator)
