@@ -566,7 +566,7 @@ def micro_batch(run: Run, prompts, step: int, number: int, scale=1.0):
     batch = make_batch(run, prompts, noise, generator, picks, trained_steps(run), scale)
     latents = rollout(run, batch)
     figures, g = score(run, batch, latents[-1])
-    walk = run.model.walk_back if run.cfg.clips else walk_back
+    walk = model.walk_back if run.cfg.clips else walk_back
     walk(run, batch, latents, g)
     return figures
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 CARDS = {"T4": 65, "RTX 4060 Ti": 44, "RTX 4080": 97, "A100": 312, "H200": 989}
 UTILISATION = 0.4  # of these, assumed; what was measured is in bench/README.md
 LAUNCH = 38e-6  # seconds of a processor to launch a kernel; chosen so that most of gpu.csv comes out
-MOVED = 12  # GB a second between card and host, as PCIe 4.0 does when half busy
+MOVED = 12  # GB a second between card and host, half of what PCIe 4.0 can; it suits gpu.csv's three rows
 
 
 @dataclass

@@ -52,8 +52,7 @@ class LTX(FromImage, VideoModel):
     def statistics(self):
         """Mean and standard deviation of the VAE's latents, (C, 1, 1, 1) each."""
         both = torch.stack([self.vae.latents_mean, self.vae.latents_std])
-        both = both[..., None, None, None]
-        return both.to(self.device)
+        return both[..., None, None, None].to(self.device)
 
     def load(self):
         super().load()

@@ -2,7 +2,8 @@
 
 Behind the middle block of Wan's decoder a result depends on nothing that is more than HALO latent pixels
 away. So each tile is decoded with that much of its neighbours, and once more when the gradient comes to it:
-the same gradient, with the activations of one tile at a time.
+the same gradient, with the activations of one tile at a time. A block of LTX's VAE depends on FRAMES frames
+before and after, and goes in parts of the time likewise.
 """
 
 import functools
