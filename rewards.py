@@ -310,8 +310,8 @@ def make_action(device, dtype, weights=None, arg=None):
     def label_of(prompt):
         held = [name for name in names.values() if f" {plain(name)} " in f" {plain(prompt)} "]
         if not held:
-            near = ", ".join(difflib.get_close_matches(prompt, names.values(), n=3, cutoff=0))
-            raise BadInput(f"prompt {prompt!r} names no action; give one, as in action:{near} (the nearest)")
+            near = difflib.get_close_matches(prompt, names.values(), n=1, cutoff=0)[0]
+            raise BadInput(f"prompt {prompt!r} names no action; give one, as in action:{near}")
         return pick_label(names, max(held, key=len), "action")
 
     def check(prompts):
@@ -464,7 +464,7 @@ def make_camera(device, dtype, weights=None, *, arg):
     def reward(frames, prompts):
         shape = frames.shape[1:]
         enough = shape[0] >= 3 and min(shape[2:]) >= 16
-        require(enough, "camera needs 3 frames of 16 x 16 pixels: raise --decode_frames or the size")
+        require(enough, "camera needs 3 frames, of 16 x 16: raise --num_frames, --decode_frames or the size")
         rates, seen = camera_rates(frames)
         reward.report = dict(zip(names, rates.detach().mean(1).T, strict=False))
         reward.report["seen"] = seen.mean(1)
@@ -513,6 +513,7 @@ def make_ask(device, dtype, weights=None, arg=QUESTION, quantize="none"):
 
 # ---- 4. Names and weighted sums ----------------------------------------------------------------------------
 # SWAP: your reward. With a line "mine": make_mine it is `--reward mine` or `--reward mine:arg`, also in sums.
+# A name is letters, digits and _.
 REWARDS = {
     "aesthetic": make_aesthetic,
     "clip": make_clip,
@@ -539,6 +540,7 @@ def parse(spec):
         (\s*:\s* (?P<arg> "[^"]*" | '[^']*' | [^\s"'+][^+]*? | )        # a colon and some text
             (?=\s*(\+|$) | \s+-[\s\d.]))?                              # up to the next term
         \s* (?=[+-]|$)"""
+    names = {name.lower(): name for name in REWARDS}
     terms = []
     rest = spec if spec.lstrip().startswith("-") else f"+{spec}"
     while rest:
@@ -548,11 +550,12 @@ def parse(spec):
             wrong = rest if terms else spec
             raise BadInput(f"can't read {wrong.strip()!r} in --reward {spec!r}: {example}")
         rest = rest[term.end() :]
-        name = term["name"].lower()
-        if name not in REWARDS:
-            near = difflib.get_close_matches(name, REWARDS, n=1, cutoff=0)[0]
-            names = ", ".join(REWARDS)
-            raise BadInput(f"--reward: unknown reward {name!r}: did you mean {near!r}? There are: {names}")
+        name = names.get(term["name"].lower())
+        if name is None:
+            wrong = term["name"]
+            near = difflib.get_close_matches(wrong, REWARDS, n=1, cutoff=0)[0]
+            known = ", ".join(REWARDS)
+            raise BadInput(f"--reward: unknown reward {wrong!r}: did you mean {near!r}? There are: {known}")
         arg = term["arg"]
         if arg is not None:
             arg = arg.strip("\"' ")
@@ -604,10 +607,11 @@ def weighted_rewards(terms, video, prompts, chunk=1, scale=None):
         for view in clip.split(chunk if wanted == 1 else clip.shape[1], dim=1):
             share = view.shape[1] / clip.shape[1]
             value = reward(view, prompts)
-            fits = isinstance(value, torch.Tensor) and value.shape == (len(prompts),)
-            if fits and scale is not None:
-                fits = value.requires_grad
-            require(fits, f"reward {name!r} must return ({len(prompts)},), one per video, with a gradient")
+            expected = f"reward {name!r} must return ({len(prompts)},), one per video, with a gradient"
+            shape = tuple(getattr(value, "shape", ()))
+            fits = isinstance(value, torch.Tensor) and shape == (len(prompts),)
+            require(fits, f"{expected}: this is a {type(value).__name__} of shape {shape}")
+            require(scale is None or value.requires_grad, f"{expected}: this has none")
             if scale is not None:
                 (scale * (weight * share * value).sum()).backward()
             figures = {"reward": weight * value, name: value}

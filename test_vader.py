@@ -141,7 +141,7 @@ def bad_inputs(folder: Path):
         "no pipeline": (["--model", f"{folder}/folder"], "no model_index.json"),
         "other pipeline": (["--model", f"{folder}/other"], "FluxPipeline"),
         "broken pipeline": (["--model", f"{folder}/broken"], "is damaged, get it again"),
-        "lora missing": (["--lora", f"{folder}/folder"], "no adapter_config.json"),
+        "lora missing": (["--lora", f"{folder}/folder"], "no .safetensors file"),
         "out in use": (["--out", str(folder)], "not empty"),
         "unreachable": (["--model", "someone/something"], "--model tiny"),
     }
@@ -195,7 +195,10 @@ def test_a_fork_can_cut(fork):
     out, _ = python("vader.py", "--reward", "aesthetic", "--prompts", "prompts.txt", *SECONDS, cwd=fork)
     assert len(re.findall("held-out reward [0-9.]+\n", out)) == 2
     files = {path.name for path in (fork / "runs" / "aesthetic-tiny").iterdir()}
+    kept = "runs/aesthetic-tiny/metrics.jsonl"
     assert files == {"lora", "metrics.jsonl", "samples"}
+    _, problem = python("vader.py", *SECONDS, "--steps", "2", "--resume", code=1, cwd=fork)
+    assert "No module named 'extras'" in problem and len((fork / kept).read_text().split("\n")) == 4
 
 
 def test_a_notebook_can_paste(fork):
@@ -208,6 +211,7 @@ FAMILY = """
 import __main__, vader
 from rewards import require
 class Mine(vader.TextToVideoUNet):
+    presets = {"mine": vader.TextToVideoUNet.tiny}
     def schedule(self, cfg):
         require(vader is not __main__, "vader is what runs")
 """
@@ -432,7 +436,7 @@ def test_frames_are_picked_as_rewards_want():
     def picked(terms, seed=0, frames_per_latent=1, **settings):
         model = vader.TextToVideoUNet("", "cpu", torch.float32)
         model.frames_per_latent = frames_per_latent
-        run = vader.Run(Config(num_frames=9, **settings), model, None, terms, {})
+        run = vader.Run(Config(num_frames=9, **settings), model, None, terms, {}, None)
         return vader.pick_latent_frames(run, vader.generator_for(seed))
 
     picks = [picked(image, seed) for seed in range(40)]
@@ -443,6 +447,7 @@ def test_frames_are_picked_as_rewards_want():
     # latent frame 0 holds one frame, those after it four each
     assert picked(clip, 0, 4) == [0, 1, 2] and picked(clip, 0, 4, decode_frames=2) == [0, 2]
     assert {tuple(picked(image, seed, 4)) for seed in range(40)} == {(0,), (1,), (2,)}
+    assert {len(picked(image, seed, 4, decode_frames=5)) for seed in range(40)} == {2}
 
 
 def test_which_steps_train():
@@ -451,7 +456,7 @@ def test_which_steps_train():
 
     def trained(kind):
         cfg = Config(backprop_steps=3, num_inference_steps=9, grad_steps=kind)
-        return vader.trained_steps(vader.Run(cfg, None, schedule, {}, {}))
+        return vader.trained_steps(vader.Run(cfg, None, schedule, {}, {}, None))
 
     assert trained("last") == [6, 7, 8] and trained("spread") == [0, 4, 8]
     assert trained("strongest") == [1, 4, 7]  # the steps of 0.3, 0.2 and 0.12
@@ -477,8 +482,10 @@ def test_terms_add_up_and_bad_rewards_are_named(loaded):
     values, _ = vader.score(changed(loaded, both), given, given.noise)
     torch.testing.assert_close(values["reward"], 2 * values["colorful"] + 0.5 * values["clip"])
     assert values["colorful"].min() > 0 and values["clip"].abs().min() > 0
-    for wrong in (lambda frames, _: frames.mean()[None], lambda frames, _: light(frames.detach(), _)):
-        with pytest.raises(BadInput, match="'flat' must return .2,., one per video, with a gradient"):
+    one, cut = lambda frames, _: frames.mean()[None], lambda frames, _: light(frames.detach(), _)
+    wrongs = {"this is a Tensor of shape .1,.": one, "this has none": cut, "this is a NoneType": print}
+    for what, wrong in wrongs.items():
+        with pytest.raises(BadInput, match=f"'flat' must return .2,., one per video, .*: {what}"):
             vader.score(changed(loaded, {"flat": (1.0, wrong)}), given, given.noise)
 
 

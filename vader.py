@@ -39,7 +39,7 @@ SCRIPT = __name__ == "__main__" and "__file__" in globals()  # run as a command,
 
 
 def stop(*_):
-    """On Ctrl-C, at any time: one line. Files are whole at any moment, so there is nothing to tidy up."""
+    """On Ctrl-C, at any time: one line. Files can be read after any kill, so there is nothing to tidy up."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, b"\nvader.py: stopped; the same command with --resume goes on\n")
     os._exit(130)
@@ -64,13 +64,12 @@ from torch.utils.data import default_collate
 from tqdm import tqdm
 
 import rewards
-from rewards import evenly_spaced, read_config, require
+from rewards import EXTRAS, evenly_spaced, read_config, require
 
 # Run or pasted, this module is called __main__. Without this line, models/ would import a second copy.
 sys.modules.setdefault("vader", sys.modules[__name__])
 HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
 TOY = str(HERE / "tiny" / "rewards")  # weights of the tiny world's rewards
-EXTRAS = HERE / "extras"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -87,7 +86,7 @@ class Config:
     reward: str = arg("aesthetic", 'a reward of rewards.py or a weighted sum, "aesthetic + 0.5*colorful"')
     prompts: str = arg("prompts.txt", "a text file, a prompt a line (not # lines), or .jsonl with images")
     model: str = arg("auto", "a short name, hub id or folder; auto: modelscope on a CUDA GPU, else tiny-few")
-    mode: Literal["train", "sample", "eval", "strength"] = arg("train", "or make videos, score, choose best/")
+    mode: Literal["train", "sample", "eval", "strength"] = arg("train", "eval scores, strength chooses best/")
     lora: str | None = arg(None, "folder, file or hub id of a LoRA: to sample, score, or start training from")
     lora_scale: float = arg(1.0, "strength of --lora in sample and eval")
     base_lora: str | None = arg(None, "LoRA that is fused into the base, for few steps or a style")
@@ -221,7 +220,7 @@ class Schedule(NamedTuple):
     c: list[float]
     s: list[float]
     start: float = 1.0  # scale of the first noise
-    own: tuple = ()  # the steps of the network that trains, where a model has several; else all are
+    trainable: tuple = ()  # the steps of the network that trains, where a model has several; else all are
 
     def leverage(self, i: int) -> float:
         """How far the result moves per unit of step i's output: |b[i]| times every |a| after it."""
@@ -237,7 +236,7 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
     for name, value in list(vars(scheduler).items()):
         if isinstance(value, torch.Tensor) and name != "timesteps":
             setattr(scheduler, name, value.double())  # its own float32 would round each step
-    # Each channel is a probe: x alone, f alone, noise alone; the last is large, where clipping would show.
+    # In each of three channels one alone is 1, which gives a, b, s; 100 in the last shows whether it clips.
     x, f, noise = torch.zeros(3, 1, 4, 1, 1, dtype=torch.float64)
     x[0, 0] = f[0, 1] = noise[0, 2] = 1
     # at eta 1 from pure noise 1 - A' - s^2 is 0, which rounding may make negative, under the scheduler's root
@@ -370,9 +369,10 @@ class TextToVideoUNet(VideoModel):
     modelscope |= PUBLISHED | dict(num_inference_steps=25, guidance_scale=9.0)
     zeroscope = modelscope | dict(source="cerspense/zeroscope_v2_576w", num_frames=24, height=320, width=576)
     tiny = TINY | dict(source=str(HERE / "tiny" / "t2v"), num_frames=8, guidance_scale=4.0)
-    few = dict(base_lora=f"{HERE}/tiny/few", num_inference_steps=4, guidance_scale=1, steps=40, eval_every=20)
-    few |= dict(eval_prompts=f"{HERE}/tiny/unseen.txt", eval_videos=20, eval_batch_size=20)
-    presets = {"modelscope": modelscope, "zeroscope": zeroscope, "tiny": tiny, "tiny-few": tiny | few}
+    tiny_few = tiny | dict(base_lora=f"{HERE}/tiny/few", num_inference_steps=4, guidance_scale=1)
+    tiny_few |= dict(eval_prompts=f"{HERE}/tiny/unseen.txt", eval_videos=20, eval_batch_size=20)
+    tiny_few |= dict(steps=40, eval_every=20)
+    presets = {"modelscope": modelscope, "zeroscope": zeroscope, "tiny": tiny, "tiny-few": tiny_few}
 
     text_pipeline = diffusers.TextToVideoSDPipeline
     denoiser_class = diffusers.UNet3DConditionModel
@@ -426,7 +426,7 @@ class Run:
     schedule: Schedule
     terms: dict  # {name: (weight, reward)}
     conds: dict  # {prompt: its embeddings, keyword arguments of `denoise`}
-    scaler: torch.amp.GradScaler | None = None  # of the loss, in fp16
+    scaler: torch.amp.GradScaler  # of the loss, in fp16
     judges: dict = field(default_factory=dict)  # as terms: rewards that only evaluations score
 
 
@@ -449,7 +449,7 @@ def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trai
     cond = default_collate([run.conds[prompt] for prompt in prompts])
     for name, value in cond.items():
         cond[name] = value.to(run.model.device)
-    uncond = dict(cond)  # but for the text: an image is given to both guidance branches
+    uncond = dict(cond)  # an image is given to both guidance branches; the text is replaced
     for name, value in run.conds[Prompt(run.cfg.negative_prompt)].items():
         uncond[name] = value.to(run.model.device).expand(len(prompts), *value.shape)
     return Batch(prompts, noise, cond, uncond, generator, picks, trained, scale, [])
@@ -457,22 +457,22 @@ def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trai
 
 def pick_latent_frames(run: Run, generator) -> list[int]:
     """Latent frames to score: random ones, or evenly spaced ones if a reward wants several frames."""
-    frames = run.cfg.num_frames
+    frames, latent_frame = run.cfg.num_frames, run.model.latent_frame
     wanted = 1
     for _, reward in run.terms.values():
         wants = getattr(reward, "frames", 1)
         wanted = max(wanted, frames if wants == "all" else wants)
-    n = min(run.cfg.decode_frames or wanted, frames)
+    count = min(run.cfg.decode_frames or wanted, frames)
     if wanted > 1:
-        return sorted({run.model.latent_frame(frame) for frame in evenly_spaced(n, frames)})
-    latent_frames = run.model.latent_frame(frames - 1) + 1
-    return sorted(torch.randperm(latent_frames, generator=generator)[:n].tolist())
+        return sorted({latent_frame(frame) for frame in evenly_spaced(count, frames)})
+    order = torch.randperm(latent_frame(frames - 1) + 1, generator=generator)
+    return sorted(order[: latent_frame(count - 1) + 1].tolist())
 
 
 def trained_steps(run: Run) -> list[int]:
     """Which K of the T sampling steps train: the last (DRaFT-K), spread (DRTune), or of most leverage."""
     K = run.cfg.backprop_steps
-    steps = list(run.schedule.own or range(len(run.schedule.t)))
+    steps = list(run.schedule.trainable or range(len(run.schedule.t)))
     if run.cfg.grad_steps == "strongest":
         by_leverage = sorted(steps, key=run.schedule.leverage)
         return sorted(by_leverage[-K:])
@@ -515,8 +515,9 @@ def score(run: Run, batch: Batch, x):
     texts = [prompt.text for prompt in batch.prompts]
     with torch.no_grad():
         video = run.model.decode(x, batch.picks).requires_grad_()  # (B, N, 3, H, W)
-    figures = rewards.weighted_rewards(run.terms, video, texts, run.cfg.decode_chunk, batch.scale)
-    v = -video.grad / len(x)  # `weighted_rewards` has differentiated the sum of the rewards
+    scale = -batch.scale / len(x)  # loss = scale * sum of the rewards
+    figures = rewards.weighted_rewards(run.terms, video, texts, run.cfg.decode_chunk, scale)
+    v = video.grad
     del video
     x = x.detach().requires_grad_()
     done = 0
@@ -546,7 +547,7 @@ def walk_back(run: Run, batch: Batch, latents, g):
         branches = [(batch.cond, w)]  # f = w f_cond + (1 - w) f_uncond
         if cfg.guidance_scale != 1 and not cfg.detach_uncond:
             branches.append((batch.uncond, 1 - w))
-        x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)  # not for the first one
+        x = latents[i].detach().requires_grad_(cfg.coupling > 0 and i > earliest)  # before it nothing trains
         for cond, share in branches:
             f = model.denoise(c * x, t, cond)
             f.backward(share * b * g)
@@ -585,13 +586,14 @@ def update(run: Run, prompts, step: int, optimizer) -> dict:
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()  # or the peak is that of encoding the prompts
     parameters = list(lora_parameters(run.model).values())
-    one = torch.ones((), device=parameters[0].device)  # scaling it is how a scaler tells its scale
+    one = torch.ones((), device=parameters[0].device)  # scale(), unlike get_scale(), also sets the scaler up
     scale = run.scaler.scale(one).item() / (cfg.grad_accum * world)
     optimizer.zero_grad()
-    row = {"step": step + 1}
+    row = {"step": step + 1, "prompts": []}
     for m in range(cfg.grad_accum):
         number = (step * cfg.grad_accum + m) * world + rank
         chosen = batch_prompts(prompts, cfg, number)
+        row["prompts"] += [prompt.text for prompt in chosen]
         for name, values in micro_batch(run, chosen, step, number, scale).items():
             row[name] = row.get(name, 0.0) + values.mean().item() / cfg.grad_accum
     if world > 1:
@@ -604,7 +606,6 @@ def update(run: Run, prompts, step: int, optimizer) -> dict:
     if math.isfinite(norm):
         run.scaler.step(optimizer)
     run.scaler.update()
-    row["prompts"] = [prompt.text for prompt in chosen]
     memory = torch.cuda.max_memory_reserved() if on_cuda else psutil.Process().memory_info().rss
     return row | {"grad_norm": norm, "seconds": time.time() - start, "memory_gb": memory / 1e9}
 
@@ -615,7 +616,7 @@ def train(cfg: Config, reward=None) -> list[dict]:
     Returns the rows of metrics.jsonl. Raises BadInput, or FloatingPointError for rewards that are not finite.
     """
     holding = contextlib.nullcontext()
-    if EXTRAS.is_dir():  # a fork without it checks nothing, locks nothing, and keeps no checkpoint
+    if EXTRAS.is_dir() or cfg.resume:  # a fork without it checks nothing, locks nothing, keeps no checkpoint
         from extras import checks, record, resume, strength, watch
 
         holding = checks.enter(cfg, reward)
@@ -638,12 +639,11 @@ def train(cfg: Config, reward=None) -> list[dict]:
         print(f"leverage of the steps that train (under 0.05 they hardly move the video): {leverage}")
 
         while True:
-            over = step == cfg.steps
-            if over or step % cfg.eval_every == 0:
+            if step == cfg.steps or step % cfg.eval_every == 0:
                 evaluate_once(run, eval_prompts[: cfg.eval_videos], step)
-                if EXTRAS.is_dir():
-                    over = watch.after_evaluation(cfg, step) or over
-            if over:
+                if EXTRAS.is_dir() and watch.after_evaluation(cfg, step):
+                    break
+            if step == cfg.steps:
                 break
             row = update(run, prompts, step, optimizer)
             step += 1
@@ -652,14 +652,14 @@ def train(cfg: Config, reward=None) -> list[dict]:
             skipped += not finite
             if in_a_row == 10:
                 problem = f"gradients not finite, at update {step}, prompts {row['prompts']}, seed {cfg.seed}"
-                raise FloatingPointError(f"{problem}: mend the reward, or lower --lr with --lora {out}/lora")
+                raise FloatingPointError(f"{problem}: mend the reward, or start anew with a lower --lr")
             if rank == 0:
                 append_metrics(cfg, row | {"skipped": skipped})
                 save_lora(run.model, out / "lora", cfg)
                 if EXTRAS.is_dir():
                     resume.save_checkpoint(run, optimizer, step, skipped)
-            figures = f"reward {row['reward']:.3f}, {row['seconds']:.1f} s, {row['memory_gb']:.1f} GB"
-            print(f"update {step}/{cfg.steps}: {figures}")
+            figures = f"reward {row['reward']:.3f}, gradient {row['grad_norm']:.2g}"
+            print(f"update {step}/{cfg.steps}: {figures}, {row['seconds']:.1f} s, {row['memory_gb']:.1f} GB")
 
         print(f"done: the LoRA is in {out}/lora")
         if run.judges:
@@ -706,16 +706,15 @@ def evaluate(run: Run, prompts, folder: str, first=0) -> dict:
     scores = {}  # {reward: a number for each video of this process}
     begin = len(prompts) * rank // world
     limit = len(prompts) * (rank + 1) // world
-    for start in tqdm(range(begin, limit, cfg.eval_batch_size), desc=f"videos {folder}", leave=False):
+    starts = range(begin, limit, cfg.eval_batch_size)
+    for start in tqdm(starts, desc=f"videos {folder}", leave=False, disable=None):  # no bar in a log file
         end = min(start + cfg.eval_batch_size, limit)
         videos = make_videos(run, prompts[start:end], first + start)
-        figures = {}
+        figures = rewards.weighted_rewards(run.terms, videos, texts[start:end], cfg.decode_chunk)
         if run.judges:
             from extras import watch
 
-            figures = watch.score_judges(run, videos, texts[start:end])
-        if run.terms:
-            figures |= rewards.weighted_rewards(run.terms, videos, texts[start:end], cfg.decode_chunk)
+            figures = watch.score_judges(run, videos, texts[start:end]) | figures
         for name, values in figures.items():
             scores.setdefault(name, []).extend(values.tolist())
         for n, video in enumerate(videos, start=first + start):
@@ -822,7 +821,8 @@ def find_model(model: str) -> tuple:
         require(name in path_of, f"{model} is a {name}: there is no code for that in FAMILIES")
     module, class_name = path_of[name].rsplit(".", 1)
     family = getattr(importlib.import_module(module), class_name)
-    if model in family.presets:
+    if name == model:
+        require(model in family.presets, f"--model: there is no {model!r} in {class_name}.presets")
         preset = family.presets[model]
         return family, preset["source"], preset
     family = family.variant(model)
@@ -834,7 +834,7 @@ def fill_in(cfg: Config, **defaults) -> Config:
     """cfg with these values where it has None or "auto"."""
     missing = {}
     for name, value in defaults.items():
-        if getattr(cfg, name, value) in (None, "auto"):
+        if hasattr(cfg, name) and getattr(cfg, name) in (None, "auto"):  # a preset's `source` is no field
             missing[name] = value
     return replace(cfg, **missing)
 
@@ -856,7 +856,7 @@ def resolve(cfg: Config, reward=None) -> Config:
     family, _, preset = find_model(cfg.model)
     common = dict(fps=family.fps, grad_steps=family.grad_steps, lora_targets=ATTENTION)
     preset = common | dict(quantize="none", timestep_spacing="trailing", offload=False) | preset
-    cfg = replace(cfg, offload=cfg.offload or preset["offload"])
+    cfg = replace(cfg, offload=cfg.offload or preset["offload"])  # fill_in takes False as given
     preset["num_frames"] *= cfg.clips or 1
     cfg = fill_in(cfg, **preset, checkpointing=cfg.device != "cpu")
     kind = {"sample": "sample-", "eval": "eval-"}.get(cfg.mode, "")
@@ -882,8 +882,8 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     texts = [prompt.text for prompt in prompts]
     terms = {cfg.reward: (1.0, reward)} if reward else {}
     if cfg.mode != "sample" and not reward:
-        places = [cfg.reward_weights, find_model(cfg.model)[2].get("rewards")]
-        terms = rewards.make_terms(cfg.reward, cfg.device, model.dtype, places, texts, cfg.vlm, cfg.quantize)
+        folders = [cfg.reward_weights, find_model(cfg.model)[2].get("rewards")]
+        terms = rewards.make_terms(cfg.reward, cfg.device, model.dtype, folders, texts, cfg.vlm, cfg.quantize)
     scaler = torch.amp.GradScaler(model.device, init_scale=2.0**12, enabled=cfg.dtype == "fp16")
     run = Run(cfg, model, model.schedule(cfg), terms, {}, scaler)
     if EXTRAS.is_dir():
@@ -931,9 +931,9 @@ def run_command(argv=None):
     if cfg.mode == "train":
         train(cfg)
     else:
-        from extras import evaluate
+        from extras.evaluate import apply_lora
 
-        evaluate.apply_lora(cfg)
+        apply_lora(cfg)
 
 
 def main(argv=None) -> int:

@@ -83,7 +83,7 @@ def predict(cfg: vader.Config, work: Work | None = None) -> dict[str, float]:
     cfg, prompts = resolve(cfg)
     videos, T, K = cfg.grad_accum, cfg.num_inference_steps, cfg.backprop_steps
     sampler = vader.make_model(cfg).schedule(cfg)
-    times = sampler.t[list(sampler.own[:1] or [0])]  # a step of the network that trains
+    times = sampler.t[list(sampler.trainable[:1] or [0])]  # a step of the network that trains
     cfg = dataclasses.replace(cfg, num_inference_steps=1, backprop_steps=1)
     schedule = vader.Schedule(times, [1.0], [1.0], [1.0], [0.0])  # one step is as large as any
     found, idle = {}, 0  # idle: bytes that wait on the host
@@ -106,7 +106,7 @@ def predict(cfg: vader.Config, work: Work | None = None) -> dict[str, float]:
         memory = stack.enter_context(LiveStorages())
         stack.enter_context(without_weights(memory))
         model = vader.make_model(cfg)
-        run = vader.Run(cfg, model, schedule, make_terms(cfg, "cpu"), {})
+        run = vader.Run(cfg, model, schedule, make_terms(cfg, "cpu"), {}, None)
         networks = [n for _, reward in run.terms.values() for n in getattr(reward, "networks", ())]
         phase("rewards", *networks)
         run.conds = model.encode([*prompts, vader.Prompt("")], cfg)

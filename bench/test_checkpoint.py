@@ -90,6 +90,7 @@ NUMBERS = {
     "t2v vae": dict(scaling_factor=0, norm_num_groups=-1, sample_size=NAN),
     "t2v text_encoder": dict(layer_norm_eps=INFINITE, eos_token_id=None, num_attention_heads=-1),
     "t2v scheduler": dict(trained_betas=[0.1, 0.2], beta_start=-1, clip_sample_range="x"),
+    "t2v scheduler/": dict(beta_schedule="foo"),
     "wan transformer": dict(eps=0, rope_max_seq_len=0, patch_size=[1, 2, None]),
     "wan vae": dict(latents_std=[1.0] * 15 + ["x"], latents_mean=[1.0] * 15, patch_size=2),
     "wan vae/": dict(latents_std=[1.0] * 15 + [0], latents_mean=[1.0] * 15 + [1e6], dropout=NAN),
@@ -110,7 +111,7 @@ def test_a_number_that_is_none_is_named(place, edited):
     model, part = place.strip("/").split()
     file = f"{part}/{FILES.get(part, 'config.json')}"
     for name, value in NUMBERS[place].items():
-        said = f"--model: .*{file}.*{name}"
+        said = f"--model: .*{file}.*{'foo is not implemented' if value == 'foo' else name}"
         if name == "patch_size" and value == 2:
             said = "VAE's scale is not 8"
         if name == "addition_time_embed_dim":

@@ -282,7 +282,8 @@ def test_only_what_is_drawn_or_evaluated_is_encoded(settings, tmp_path, monkeypa
     start = time.time()
     rows = vader.train(replace(settings, prompts=str(file), steps=3, grad_accum=2, eval_every=3))
     seconds = time.time() - start
-    drawn = [prompt for row in rows if "eval" not in row for prompt in row["prompts"]]  # of the last batch
+    drawn = [prompt for row in rows if "eval" not in row for prompt in row["prompts"]]
+    assert len(drawn) == 3 * 2 * 2
     evaluated = next(row["eval"]["prompts"] for row in rows if "eval" in row)
     texts = [prompt.text for prompt in encoded]
     assert len(texts) == len(set(texts)) == 3 * 2 * 2 + 2 * 2 + 1 and "" in texts
@@ -318,7 +319,7 @@ def test_a_prompt_that_a_reward_cuts_gets_a_line(name, capfd):
     limit = prompts.text_limit(reward.networks[0])
     whole = " ".join(words[: limit - 2])  # each a token, beside the first and the last one
     cut = " ".join(words[: limit - 1])
-    run = vader.Run(None, None, None, terms, {})
+    run = vader.Run(None, None, None, terms, {}, None)
     prompts.warn_of_prompts_cut_by_rewards(run, ["a moon", whole])
     assert capfd.readouterr().out == ""
     prompts.warn_of_prompts_cut_by_rewards(run, ["a moon", cut, whole, cut + " moon"])

@@ -3,6 +3,7 @@
 import itertools
 import traceback
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ import rewards
 import vader
 from conftest import command
 from extras import checkpoint
+from rewards import BadInput
 
 MISTAKES = {
     NameError: lambda: nosuch,  # noqa: F821 (the mistake)
@@ -87,6 +89,30 @@ def test_a_mistake_in_a_reward_keeps_its_traceback(mistake, quick, monkeypatch):
     assert ends_in_the_mistake(mistake, lambda: vader.main(command(replace(quick, reward="mine"))))
     monkeypatch.setitem(rewards.REWARDS, "mine", lambda device, dtype, weights: own)  # in its call
     assert ends_in_the_mistake(mistake, lambda: vader.main(command(replace(quick, reward="mine"))))
+
+
+@pytest.mark.parametrize("name", ["Mine2", "LOUD", "snake_case"])
+def test_a_reward_may_have_any_name_of_letters_and_digits(name, monkeypatch):
+    monkeypatch.setitem(rewards.REWARDS, name, rewards.make_colorful)
+    for asked in (name, name.lower(), name.upper()):
+        assert rewards.parse(f"hps + 2*{asked}") == [(1.0, "hps", None), (2.0, name, None)]
+    with pytest.raises(BadInput, match=f"unknown reward '{name}s': did you mean '{name}'"):
+        rewards.parse(name + "s")
+
+
+def test_a_reward_whose_gradient_is_nan_is_refused_before_training(quick):
+    def root_of_zero(frames, prompts):
+        return (frames - frames).square().mean((1, 2, 3, 4)).sqrt()
+
+    with pytest.raises(BadInput, match="root_of_zero: its gradient on noise is not finite"):
+        vader.train(quick, reward=root_of_zero)
+    assert not (Path(quick.out) / "metrics.jsonl").exists()
+
+
+def test_a_name_that_no_preset_has_is_told(quick, monkeypatch):
+    monkeypatch.setattr(Mine, "presets", {"mime": Mine.presets["mine"]})
+    with pytest.raises(BadInput, match="there is no 'mine' in Mine.presets"):
+        vader.train(quick)
 
 
 @pytest.mark.parametrize("name", ["walk_back", "make_optimizer"])

@@ -446,7 +446,7 @@ def test_cogvideox_decodes_large_frames_in_tiles(checkpoints):
 def test_where_the_last_step_hardly_moves_the_video_another_trains(kind, checkpoints):
     cfg = checked(Config(model=str(checkpoints(kind)), height=32, width=32))
     schedule = vader.make_model(cfg).schedule(cfg)
-    (step,) = vader.trained_steps(vader.Run(cfg, None, schedule, {}, {}))
+    (step,) = vader.trained_steps(vader.Run(cfg, None, schedule, {}, {}, None))
     assert schedule.leverage(step) > 0.09 and schedule.leverage(len(schedule.t) - 1) < 0.01
 
 

@@ -170,3 +170,5 @@ def check_scheduler(source: str):
     steps, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
     require(steps <= 1e5, f"{where} is damaged: it has {steps} for num_train_timesteps")
     require(not betas or len(betas) == steps, f"{where} is damaged: it has not {steps} trained_betas")
+    with as_bad_input(f"{where} can't be used"):
+        kind.from_config(config)

@@ -21,7 +21,6 @@ RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1,
 RANGES |= dict(fps=(1, 240), eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
 RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), lora_alpha=(1e-6, 1e6))
 RANGES |= dict(height=(1, 4096), width=(1, 4096), lora_scale=(-10, 10), shift=(0.1, 100))
-
 KINDS = {str: "a text", int: "a number, int", float: "a number", bool: "True or False"}
 LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}  # of --quantize
 
@@ -94,8 +93,7 @@ def check_values(cfg: Config):
 
 
 def check_device(device: str):
-    known = device.split(":")[0] in ("cpu", "cuda", "mps")
-    require(known, f"--device {device}: give cpu, cuda, cuda:1 or mps")
+    require(device.split(":")[0] in ("cpu", "cuda", "mps"), f"--device {device}: give cpu, cuda, cuda:1, mps")
     with as_bad_input(f"--device {device}: no usable one here, leave the flag out"):
         torch.empty(0, device=device)
 
@@ -180,7 +178,7 @@ def check_reward(cfg: Config, reward=None):
 def try_rewards(run: vader.Run, texts: list[str]):
     """Score noise: a reward that can't, or has no gradient, is known before anything large loads."""
     cfg = run.cfg
-    if "rewards" in vader.find_model(cfg.model)[2]:
+    if run.terms and "rewards" in vader.find_model(cfg.model)[2]:
         print("rewards: those of the tiny world, a toy; not comparable with published rewards' scores")
     train = cfg.mode == "train"
     for name, (_, reward) in run.terms.items():
@@ -193,7 +191,9 @@ def try_rewards(run: vader.Run, texts: list[str]):
     first = texts[: cfg.batch_size]
     noise = torch.rand(len(first), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
     rewards.weighted_rewards(run.terms, noise, first, cfg.decode_chunk, scale)
-    require(not train or noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")
+    if train:
+        require(noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")
+        require(noise.grad.isfinite().all(), f"{cfg.reward}: its gradient on noise is not finite: mend it")
     prompts.warn_of_prompts_cut_by_rewards(run, texts)
     if run.judges:
         video = torch.rand(len(first), cfg.num_frames, 3, cfg.height, cfg.width)

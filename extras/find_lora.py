@@ -79,7 +79,7 @@ def pick_file(source: str, names: list[str], flag: str) -> str:
     """Which of a folder's files is the LoRA: one named as PEFT or diffusers do, else the only one."""
     files = [name for name in names if name.endswith(".safetensors")]
     advice = "give a run's lora folder, or a LoRA's file"
-    require(files, f"{flag} {source}: there is no adapter_config.json and no .safetensors file: {advice}")
+    require(files, f"{flag} {source}: there is no .safetensors file: {advice}")
     for name in NAMES:
         if name in files:
             return name

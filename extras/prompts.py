@@ -90,7 +90,7 @@ def check_prompt_file(flag: str, path: str, family: type[VideoModel]) -> list[Pr
             print(f"{path}: this model makes no video from an image, the images are left out")
         return prompts
     right = len(with_image) == len(prompts) or (family.images == "may" and not with_image)
-    require(right, f"{path}: this model starts from an image: use .jsonl, with one in each line")
+    require(right, f"{path}: this model starts from an image: each line of a .jsonl file has one")
     for image in with_image:
         open_image(image)
     return prompts

@@ -143,7 +143,7 @@ class WanA14B(Wan):
         own = tuple(i for i, t in enumerate(schedule.t) if self.trains(t))
         K, there = cfg.backprop_steps, f"{len(own)} of the {len(schedule.t)} steps are of what trains"
         require(K <= len(own), f"--backprop_steps {K}: only {there}, {self.folder}")
-        return schedule._replace(own=own)
+        return schedule._replace(trainable=own)
 
     def load(self):
         if self.other is None:
