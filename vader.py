@@ -68,7 +68,7 @@ from rewards import EXTRAS, evenly_spaced, read_config, require
 
 # Run or pasted, this module is called __main__. Without this line, models/ would import a second copy.
 sys.modules.setdefault("vader", sys.modules[__name__])
-HERE = Path(__file__).resolve().parent if "__file__" in globals() else Path.cwd()
+HERE = EXTRAS.parent  # where rewards.py is, as pasted code has no file
 TOY = str(HERE / "tiny" / "rewards")  # weights of the tiny world's rewards
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -236,20 +236,19 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
     for name, value in list(vars(scheduler).items()):
         if isinstance(value, torch.Tensor) and name != "timesteps":
             setattr(scheduler, name, value.double())  # its own float32 would round each step
-    # In each of three channels one alone is 1, which gives a, b, s; 100 in the last shows whether it clips.
-    x, f, noise = torch.zeros(3, 1, 4, 1, 1, dtype=torch.float64)
+    # In each of three channels one alone is 1, which gives a, b, s.
+    x, f, noise = torch.zeros(3, 1, 5, 1, 1, dtype=torch.float64)
     x[0, 0] = f[0, 1] = noise[0, 2] = 1
     # at eta 1 from pure noise 1 - A' - s^2 is 0, which rounding may make negative, under the scheduler's root
     kwargs = dict(eta=min(eta, 1 - 1e-12), variance_noise=noise) if eta else {}
     rescale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     rows = []
     for i, t in enumerate(scheduler.timesteps):
-        x_large, f_large = (100, 0) if i % 2 else (0, 100)
-        x[0, 3], f[0, 3] = x_large, f_large
+        large = 0 if i % 2 else 100  # shows whether the scheduler clips; by turns, whether it looks back
+        x[0, 3] = f[0, 4] = large
         c = rescale(torch.ones_like(x), t).mean().item()
-        a, b, s, large = scheduler.step(f, t, x, **kwargs).prev_sample.flatten().tolist()
-        expected = a * x_large + b * f_large
-        is_affine = math.isclose(large, expected, rel_tol=1e-5, abs_tol=1e-5) and (eta or s == 0)
+        a, b, s, *found = scheduler.step(f, t, x, **kwargs).prev_sample.flatten().tolist()
+        is_affine = np.allclose(found, [a * large, b * large], 1e-5, 1e-5) and (eta or s == 0)
         require(is_affine, "--model: its scheduler clips, draws noise or looks back: take another")
         rows.append((a, b, c, s))
     tables = map(list, zip(*rows, strict=True))
@@ -580,7 +579,8 @@ def make_optimizer(run: Run):
 
 def update(run: Run, prompts, step: int, optimizer) -> dict:
     """One step of the optimiser on grad_accum batches, unless their gradient is not finite -> its metrics."""
-    cfg, start = run.cfg, time.time()
+    cfg = run.cfg
+    start = time.time()
     rank, world = ranks()
     on_cuda = run.model.device.startswith("cuda")
     if on_cuda:
@@ -833,9 +833,9 @@ def find_model(model: str) -> tuple:
 def fill_in(cfg: Config, **defaults) -> Config:
     """cfg with these values where it has None or "auto"."""
     missing = {}
-    for name, value in defaults.items():
-        if hasattr(cfg, name) and getattr(cfg, name) in (None, "auto"):  # a preset's `source` is no field
-            missing[name] = value
+    for name, value in vars(cfg).items():
+        if value in (None, "auto") and name in defaults:
+            missing[name] = defaults[name]
     return replace(cfg, **missing)
 
 
