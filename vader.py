@@ -19,6 +19,7 @@ be deleted: models/ (more models) and extras/ (most flags, checks of input, seve
 
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib
 import inspect
@@ -47,6 +48,7 @@ def stop(*_):
 
 if SCRIPT:  # before the imports, which take seconds
     signal.signal(signal.SIGINT, stop)
+    gc.disable()  # until something loads: it takes a quarter of the imports' time
     # or each command begins with lines on torchao and bitsandbytes, where these are installed
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for library in ("torch.utils._pytree", "bitsandbytes"):
@@ -58,7 +60,6 @@ import numpy as np
 import peft
 import psutil
 import torch
-import torch.distributed as dist
 import transformers
 from torch.utils.data import default_collate
 from tqdm import tqdm
@@ -368,10 +369,9 @@ class TextToVideoUNet(VideoModel):
     modelscope |= PUBLISHED | dict(num_inference_steps=25, guidance_scale=9.0)
     zeroscope = modelscope | dict(source="cerspense/zeroscope_v2_576w", num_frames=24, height=320, width=576)
     tiny = TINY | dict(source=str(HERE / "tiny" / "t2v"), num_frames=8, guidance_scale=4.0)
-    tiny_few = tiny | dict(base_lora=f"{HERE}/tiny/few", num_inference_steps=4, guidance_scale=1)
-    tiny_few |= dict(eval_prompts=f"{HERE}/tiny/unseen.txt", eval_videos=20, eval_batch_size=20)
-    tiny_few |= dict(steps=40, eval_every=20)
-    presets = {"modelscope": modelscope, "zeroscope": zeroscope, "tiny": tiny, "tiny-few": tiny_few}
+    four = tiny | dict(base_lora=f"{HERE}/tiny/few", num_inference_steps=4, guidance_scale=1, steps=40)
+    four |= dict(eval_prompts=f"{HERE}/tiny/unseen.txt", eval_videos=20, eval_batch_size=20, eval_every=20)
+    presets = {"modelscope": modelscope, "zeroscope": zeroscope, "tiny": tiny, "tiny-few": four}
 
     text_pipeline = diffusers.TextToVideoSDPipeline
     denoiser_class = diffusers.UNet3DConditionModel
@@ -599,7 +599,7 @@ def update(run: Run, prompts, step: int, optimizer) -> dict:
     if world > 1:
         gradients = [p.grad for p in parameters]
         together = torch.nn.utils.parameters_to_vector(gradients)
-        dist.all_reduce(together)  # a sum: the mean, as the loss is scaled by 1 / world
+        torch.distributed.all_reduce(together)  # a sum: the mean, as the loss is scaled by 1 / world
         torch.nn.utils.vector_to_parameters(together, gradients)
     run.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.max_grad_norm).item()
@@ -751,7 +751,7 @@ def gather(value) -> list:
     """This value of each process, in their order."""
     values = [value] * ranks()[1]
     if len(values) > 1:
-        dist.all_gather_object(values, value)
+        torch.distributed.all_gather_object(values, value)
     return values
 
 
@@ -845,8 +845,7 @@ def resolve(cfg: Config, reward=None) -> Config:
     if cfg.device.startswith("cuda"):
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         cfg = fill_in(cfg, model="modelscope", dtype="bf16" if bf16 else "fp16")
-    # tiny-few fuses a LoRA into its base, by code in extras/
-    cfg = fill_in(cfg, model="tiny-few" if EXTRAS.is_dir() else "tiny", dtype="fp32")
+    cfg = fill_in(cfg, model="tiny-few" if EXTRAS.is_dir() else "tiny", dtype="fp32")  # fusing is in extras/
     if reward:
         cfg = replace(cfg, reward=getattr(reward, "__name__", "custom"))
     if cfg.lora:
@@ -877,6 +876,7 @@ def make_model(cfg: Config) -> VideoModel:
 
 def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     """Load the rewards (not in sample mode), encode the prompts, then load denoiser, LoRA and VAE."""
+    gc.enable()
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the float32 adapters
     model = make_model(cfg)
     texts = [prompt.text for prompt in prompts]
