@@ -910,7 +910,7 @@ def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
         offload.install(run, networks)
     else:
         networks.to(cfg.device)
-    print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {cfg.reward}, {cfg.out}")
+    print(f"{cfg.model} on {cfg.device} in {cfg.dtype}, {cfg.out}")
     return run
 
 
