@@ -37,12 +37,14 @@ from extras import page, watch  # noqa: E402
 from extras.camera import camera_rates  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "camera_trained"
-# of each move the reward and settings: a zoom, which moves each place another way, takes longest to learn
+SPREAD = "--grad_steps spread --backprop_steps 2"
+# of each move the reward and settings: a zoom, which moves each place another way, takes most, and is shaded
+# rather than made where one step trains alone
 MOVES = {
     "smooth": ("camera:{move} + 2*hps", "--steps 50 --eval_every 50 --lr 5e-4"),
     "still": ("camera:{move} + 2*hps", "--steps 50 --eval_every 50 --lr 5e-4"),
     "pan left": ("camera:{move} + 2*hps", "--steps 100 --eval_every 50 --lr 1e-3"),
-    "zoom in": ("4*camera:{move} + 2*hps", "--steps 150 --eval_every 75 --lr 1e-3 --batch_size 4"),
+    "zoom in": ("4*camera:{move} + 3*hps", f"--steps 75 --eval_every 75 --lr 1e-3 --batch_size 8 {SPREAD}"),
 }
 OPPOSITES = {"pan left": "pan right"}  # of the moves that are the tracker's, the other way round
 CHOSEN = f"--decode_chunk 8 --eval_videos 64 --eval_prompts {RUNS}/chosen/starts.jsonl"

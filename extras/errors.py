@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import gc
 import io
 import os
 import re
@@ -31,8 +32,13 @@ def in_one_line(command, argv) -> int:
             sys.stdout = open(os.devnull, "w")  # the first process speaks for all
         command(argv)
         return 0
+    except SystemExit as end:  # of --help
+        leave_at_once(end.code)
+        raise
     except BadInput as error:
-        return say(f"error: {error}", 2)
+        code = say(f"error: {error}", 2)
+        leave_at_once(code)
+        return code
     except ModuleNotFoundError as error:
         if error.name not in ("models", "extras"):
             raise
@@ -107,6 +113,13 @@ def refuse_arguments(parser, message: str):
     elif "expected one argument" in message:
         message += ", and one that begins with - is written with =, as in --negative_prompt=-blur"
     raise BadInput(f"{message}: see --help")
+
+
+def leave_at_once(code: int):
+    """Exit, where nothing has begun to load: Python takes a second to take down what was imported."""
+    if vader.SCRIPT and not gc.isenabled():  # `vader.load_run` enables it
+        sys.stdout.flush()
+        os._exit(code)
 
 
 def say(problem: str, code: int) -> int:
