@@ -226,7 +226,7 @@ def test_what_is_not_finite_or_too_small_ends_no_process():
         frames = torch.rand(1, 4, 3, 16, 16, generator=generator).requires_grad_()
         reward(frames, [""]).sum().backward()
         assert frames.grad.isfinite().all()
-    with pytest.raises(rewards.BadInput, match="camera needs 3 frames of 16 x 16"):
+    with pytest.raises(rewards.BadInput, match="camera needs 3 frames, of 16 x 16"):
         reward(torch.rand(1, 4, 3, 8, 64), [""])
 
 

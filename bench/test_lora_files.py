@@ -267,8 +267,9 @@ def test_a_push_that_fails_loses_nothing_and_is_made_again(hub, settings, capsys
 
 def test_the_first_process_alone_pushes(hub, settings, monkeypatch):
     monkeypatch.setattr(vader, "ranks", lambda: (1, 2))
-    for module in (vader, holding):
-        monkeypatch.setattr(module, "dist", Mock())
+    monkeypatch.setattr(holding, "dist", Mock())
+    for name in ("all_reduce", "all_gather_object"):
+        monkeypatch.setattr(vader.torch.distributed, name, Mock())
     vader.train(replace(settings, steps=1, eval_videos=0, push_to_hub="me/bright"))
     assert not hub.created and not hub.pushed
 

@@ -228,8 +228,11 @@ def test_too_few_frames_are_found_before_the_model_loads(settings, monkeypatch):
 
 
 def test_a_base_reward_that_is_not_finite_stops_at_once(settings):
+    def nan_when_evaluated(frames, prompts):
+        return light(frames, prompts) * (1 if frames.requires_grad else math.nan)
+
     with pytest.raises(FloatingPointError, match="before training is not finite"):
-        vader.train(settings, reward=lambda frames, prompts: light(frames, prompts) * math.nan)
+        vader.train(settings, reward=nan_when_evaluated)
     (row,) = vader.read_metrics(Path(settings.out))
     assert row["step"] == 0 and row["eval"]["reward"] == [None, None]
     vader.train(replace(settings, steps=1), reward=light)  # into the same folder
