@@ -48,8 +48,8 @@ def stop(*_):
 
 if SCRIPT:  # before the imports, which take seconds
     signal.signal(signal.SIGINT, stop)
-    gc.disable()  # until something loads: it takes a quarter of the imports' time
-    # or each command begins with lines on torchao and bitsandbytes, where these are installed
+    gc.disable()  # garbage collection, a quarter of the imports' time; load_run enables it
+    # Without the rest each command begins with lines on torchao and bitsandbytes, where these are installed.
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     for library in ("torch.utils._pytree", "bitsandbytes"):
         logging.getLogger(library).setLevel("ERROR")
@@ -237,7 +237,7 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
     for name, value in list(vars(scheduler).items()):
         if isinstance(value, torch.Tensor) and name != "timesteps":
             setattr(scheduler, name, value.double())  # its own float32 would round each step
-    # In each of three channels one alone is 1, which gives a, b, s.
+    # Channels 0 to 2 hold x, f or noise alone, as 1, which gives a, b, s; 3 and 4 hold more of x or f.
     x, f, noise = torch.zeros(3, 1, 5, 1, 1, dtype=torch.float64)
     x[0, 0] = f[0, 1] = noise[0, 2] = 1
     # at eta 1 from pure noise 1 - A' - s^2 is 0, which rounding may make negative, under the scheduler's root
@@ -245,7 +245,7 @@ def tabulate(scheduler, eta=0.0) -> Schedule:
     rescale = getattr(scheduler, "scale_model_input", lambda x, t: x)
     rows = []
     for i, t in enumerate(scheduler.timesteps):
-        large = 0 if i % 2 else 100  # shows whether the scheduler clips; by turns, whether it looks back
+        large = 0 if i % 2 else 100  # shows a scheduler that clips; by turns, one that looks back
         x[0, 3] = f[0, 4] = large
         c = rescale(torch.ones_like(x), t).mean().item()
         a, b, s, *found = scheduler.step(f, t, x, **kwargs).prev_sample.flatten().tolist()
@@ -876,7 +876,7 @@ def make_model(cfg: Config) -> VideoModel:
 
 def load_run(cfg: Config, prompts: list[Prompt], reward=None) -> Run:
     """Load the rewards (not in sample mode), encode the prompts, then load denoiser, LoRA and VAE."""
-    gc.enable()
+    gc.enable()  # as the imports are done
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for the float32 adapters
     model = make_model(cfg)
     texts = [prompt.text for prompt in prompts]
