@@ -18,8 +18,9 @@ layer with the largest weights for 800 more at half the learning rate. Image to 
 in 90 minutes: the autoencoder for 2,600 updates, then its decoder alone for 1,500; the U-Net, compiled, in
 two processes of 16 clips each: 1,000 updates by AdamW and 1,500 by Muon on SVD's own loss, then 1,623 on that
 of train_i2v.py. The U-Net saw 0.34 of a clip's pan at sigma 1 after 1,000 updates by Muon, 0.59 at the end.
-All of that with cameras of 4 percent at most; then 1,500 updates of 32 clips on 4,096 new ones as views.py
-has them now, 45 minutes on one core.
+All of that with cameras of 4 percent at most; then 1,500 updates of 32 clips on 4,096 new ones with cameras
+of up to 10, 45 minutes on one core; then 3,300 of 32 on 6,144 new ones as views.py has them now, with more
+texture and cameras that do one thing, in bf16, compiled, at six tenths of the rates: 30 minutes on two.
 """
 
 import argparse
@@ -71,6 +72,7 @@ def main():
         train_i2v_vae(out, 4100, 4096, seed)
         train_i2v_unet(out, 4100, 12288, seed)
         train_i2v_unet(out, 1500, 4096, seed + 7)
+        train_i2v_unet(out, 3300, 6144, seed + 3)
         save_i2v(out)
         for leg in range(3):
             train_vjepa(out, 5600, 3584, seed + leg)

@@ -2,7 +2,8 @@
 
 The captions are world.py's, which say nothing of the camera; a clip in five shows a photograph in the place's
 stead, `a {colour} {object} {motion} in front of a {cat or rocket}`. One camera in five stands still, the rest
-pan, zoom or roll at a steady rate, and a third of all shake. All frames are (..., 3, 64, 64) in [0, 1].
+do one thing at a steady rate: pan, tilt, zoom or roll; a third of all shake. All frames are
+(..., 3, 64, 64) in [0, 1].
 """
 
 import json
@@ -32,7 +33,8 @@ from world import (
 PHOTOS = ("cat", "rocket")
 SPAN = 1.8  # a scene is drawn from -SPAN to SPAN, of which a camera at rest sees -1 to 1
 DRAWN = 192  # pixels of a scene
-FASTEST = torch.tensor([5.0, 5.0, 10.0, 8.0])  # percent a step: right, up, in, rolled right
+FASTEST = torch.tensor([4.0, 4.0, 6.0, 6.0])  # percent a step: right, up, in, rolled right
+SLOWEST = 0.3  # of that
 SHAKE = 0.7  # percent of the frame
 FLATNESS = (2, 1, 2, 1)  # of the ground's texture: waves lie flat, and dunes
 
@@ -59,11 +61,11 @@ def draw_scenes(place, generator):
 
     rough = torch.zeros(n, 1, DRAWN, DRAWN)
     for row, kind in enumerate(place.tolist()):
-        for cells in (7, 12):
+        for cells in (8, 16):
             rough[row] += noise(1, 1, cells, generator, FLATNESS[kind])[0] / 2
-    soil = soil * (1 + 0.3 * rough)
-    clouds = noise(n, 1, 5, generator) + 0.6 * noise(n, 1, 10, generator)
-    sky = sky + 0.09 * clouds
+    soil = soil * (1 + 0.45 * rough)
+    clouds = sum(noise(n, 1, cells, generator) for cells in (5, 10, 18))
+    sky = sky * (1 + 0.13 * clouds) + 0.05 * clouds
     scene = sky * (1 - ground) + soil * ground
     for row in (place == 1).nonzero().ravel().tolist():
         across, down = (uniform((60, 1, 1), -SPAN, SPAN, generator) for _ in range(2))
@@ -92,9 +94,9 @@ def crop_photos(photo, generator):
 
 def draw_paths(n: int, generator, frames=FRAMES):
     """How far each camera is right, up, in and rolled right of its start, in percent: (n, frames, 4)."""
-    moves = torch.rand((n, 4), generator=generator) < 0.4
-    moves = moves & (torch.rand((n, 1), generator=generator) < 0.8)
-    rates = moves * FASTEST * uniform((n, 4), -1, 1, generator)
+    moves = F.one_hot(torch.randint(5, (n,), generator=generator), 5)[:, :4]  # the fifth stands still
+    way = torch.randint(2, (n, 1), generator=generator) * 2 - 1
+    rates = moves * FASTEST * way * uniform((n, 1), SLOWEST, 1, generator)
     path = rates[:, None] * torch.arange(frames)[:, None]
     shaky = torch.rand((n, 1, 1), generator=generator) < 0.33
     path = path + SHAKE * shaky * torch.randn((n, frames, 4), generator=generator)
