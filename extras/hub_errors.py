@@ -5,9 +5,9 @@ from huggingface_hub import errors
 
 def advice(error: Exception, source: str, flag: str) -> str:
     """What to do about an exception that came up when `source` was asked for, a repository on the hub."""
-    offline = "check the network, and the spelling if it is a folder here"
-    if flag == "--model":
-        offline = "check the network, or take --model tiny, needing none"
+    offline = "check the network, or take --model tiny, needing none"
+    if flag in ("--lora", "--base_lora"):
+        offline = "check the network, and the spelling if it is a folder here"
     # the more particular classes come first: these are HfHubHTTPErrors or HTTPErrors, too
     if isinstance(error, errors.GatedRepoError):
         return f"accept its terms on huggingface.co/{source}, then run `hf auth login`"

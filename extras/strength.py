@@ -167,7 +167,7 @@ def why_none(cfg, base: dict, looks: list[dict]) -> str:
     if not judges:
         return "the reward is nowhere above the base's"
     names = " or ".join(sorted(judges))
-    return f"where the reward is above the base's, {names} is below it by {ERRORS} standard errors or more"
+    return f"where the reward is above the base's, {names} is {ERRORS} standard errors below it"
 
 
 # ---- What is written and told ------------------------------------------------------------------------------
