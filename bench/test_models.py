@@ -394,7 +394,7 @@ def test_tiny_models_equal_their_stock_pipelines(name):
         assert len(prompts) >= 40 and len({prompt.image for prompt in prompts}) == len(prompts)
         starts = torch.stack([read_image(prompt.image, 64, 64) for prompt in prompts[:2]])
         first, last = ((ours[:, n] - starts).abs().mean() for n in (0, 7))
-        assert first < 0.03 and last > 2 * first  # it starts from the image, and then it moves
+        assert first < 0.04 and last > 2 * first  # it starts from the image, and then it moves
 
 
 def test_svd_decodes_a_large_video_in_pieces_as_stock(checkpoints, monkeypatch):
