@@ -38,8 +38,7 @@ from extras.camera import camera_rates  # noqa: E402
 
 RUNS = HERE.parent / "runs" / "camera_trained"
 SPREAD = "--grad_steps spread --backprop_steps 2"
-# of each move the reward and settings: a zoom, which moves each place another way, takes most, and is shaded
-# rather than made where one step trains alone
+# of each move the reward and settings: a zoom, which moves each place another way, takes most
 MOVES = {
     "smooth": ("camera:{move} + 2*hps", "--steps 50 --eval_every 50 --lr 5e-4"),
     "still": ("camera:{move} + 2*hps", "--steps 50 --eval_every 50 --lr 5e-4"),
