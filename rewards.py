@@ -437,10 +437,10 @@ def make_dynamic(device, dtype, weights=None):
 
 def make_camera(device, dtype, weights=None, *, arg):
     """How well the camera does as told, by extras/camera.py. arg: smooth, still, zoom in, pan left, ...
-    smooth: minus the rates' mean squared change over their mean square, 0 at best; still: minus their mean
-    size; a move: its mean rate (at most 2), less an eighth of the others' and its change. Of neighbours or of
-    frames four steps apart (or half the clip), whichever is less: shading passes for motion less over four.
-    Rates are by scored frame. Reports them and `seen`."""
+    smooth: minus the rates' mean change from step to step, over their mean size and a tenth, 0 at best;
+    still: minus that size; a move: its mean rate (at most 2), less an eighth of the others' and its change.
+    Of neighbours or of frames four steps apart (or half the clip), whichever is less: shading passes for
+    motion less over four. Rates are by scored frame. Reports them and `seen`."""
     from extras.camera import camera_rates
 
     names = ["pan right", "pan up", "zoom in", "roll right"]  # the rates; then their opposites
@@ -450,9 +450,9 @@ def make_camera(device, dtype, weights=None, *, arg):
     def worth(rates):
         """How well rates (B, n, 4) are as told: (B,)."""
         jerk = rates.diff(dim=1)
-        if names[move] == "smooth":
-            return -jerk.square().mean((1, 2)) / (rates.square().mean((1, 2)) + 0.01)
         size = rates.abs().mean(1)
+        if names[move] == "smooth":
+            return -jerk.abs().mean((1, 2)) / (size.mean(1) + 0.1)
         if names[move] == "still":
             return -size.mean(1)
         axis = move % 4

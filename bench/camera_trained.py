@@ -7,8 +7,9 @@ Runs `--model tiny-i2v --reward camera:<move>` in runs/camera_trained/, where be
 has let pass on 64 drawn starts. Then makes 64 videos of the base model and of best/: starts that are drawn
 anew, of words never trained on together, noise of their own. Writes bench/camera_trained.csv: which LoRA is
 best/; what bench/tracker.py and the reward see of the told move (for `still` the mean size of the four rates,
-for `smooth` that of their change in time), what `clip`, `hps` and `aesthetic` see; each before, after, and
-the paired t. Needs opencv-python-headless.
+for `smooth` that of their change in time, and in a row of its own the drift, that of their means: a camera
+that stands still is smooth, too), what `clip`, `hps` and `aesthetic` see; each before, after, and the paired
+t. Needs opencv-python-headless.
 """
 
 import argparse
@@ -40,7 +41,7 @@ RUNS = HERE.parent / "runs" / "camera_trained"
 SPREAD = "--grad_steps spread --backprop_steps 2"
 # of each move the reward and settings: a zoom, which moves each place another way, takes most
 MOVES = {
-    "smooth": ("camera:{move} + 2*hps", "--steps 50 --eval_every 50 --lr 5e-4"),
+    "smooth": ("camera:{move} + 2*hps", "--steps 50 --eval_every 50 --lr 1e-3"),
     "still": ("camera:{move} + 2*hps", "--steps 50 --eval_every 50 --lr 5e-4"),
     "pan left": ("camera:{move} + 2*hps", "--steps 100 --eval_every 50 --lr 1e-3"),
     "zoom in": ("4*camera:{move} + 3*hps", f"--steps 75 --eval_every 75 --lr 1e-3 --batch_size 8 {SPREAD}"),
@@ -159,11 +160,15 @@ def main():
                 lora = out / "best"
                 chosen = "step {step} at {strength:g}".format(**found["best"])
             tuned, _ = videos_of(lora, seed)
-            row = {"move": move, "seed": seed, "best": chosen}
-            row |= row_of(move, base, tuned, texts)
-            print(json.dumps(row), flush=True)
-            if not args.reward and not args.settings:
-                tables.merge(HERE / "camera_trained.csv", [row], ("move", "seed"))
+            measures = {move: move}
+            if move == "smooth":
+                measures["smooth: drift"] = "drift"
+            for name, measure in measures.items():
+                row = {"move": name, "seed": seed, "best": chosen}
+                row |= row_of(measure, base, tuned, texts)
+                print(json.dumps(row), flush=True)
+                if not args.reward and not args.settings:
+                    tables.merge(HERE / "camera_trained.csv", [row], ("move", "seed"))
             iio.imwrite(out.with_name(f"{out.name}.png"), strip(base, tuned))
 
 

@@ -324,7 +324,7 @@ def camera_value(kind, rates):
     """The docstring's formula, of one clip's rates (8, 4)."""
     changes = rates[1:] - rates[:-1]
     if kind == "smooth":
-        return -np.mean(changes**2) / (np.mean(rates**2) + 0.01)
+        return -np.mean(np.abs(changes)) / (np.mean(np.abs(rates)) + 0.1)
     if kind == "still":
         return -np.mean(np.abs(rates))
     own = (MOVES + OPPOSITES).index(kind) % 4

@@ -82,9 +82,12 @@ def track(frames) -> np.ndarray:
 
 
 def amount(rates: np.ndarray, move: str) -> float:
-    """The told rate; for `still` the mean size of all four; for `smooth` that of their change in time."""
+    """The told rate; for `still` the mean size of all four; for `smooth` that of their change in time; for
+    `drift` that of their means, which is what a shaking camera has left when it is smooth."""
     if move in NAMES:
         return float(np.nanmean(rates[:, NAMES.index(move)]))
     if move == "smooth":
         rates = np.diff(rates, axis=0)
+    if move == "drift":
+        rates = np.nanmean(rates, axis=0)
     return float(np.nanmean(np.abs(rates)))
