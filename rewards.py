@@ -92,7 +92,7 @@ def pick_label(names, wanted, what):
     label = plain(wanted)
     if label not in numbers:
         near = ", ".join(difflib.get_close_matches(label, numbers, n=4, cutoff=0))
-        raise BadInput(f"no {what} {wanted!r} among the model's {len(numbers)}; the nearest are: {near}")
+        raise BadInput(f"no {what} {wanted!r} among the {len(numbers)} known; the nearest are: {near}")
     return numbers[label]
 
 
@@ -437,10 +437,10 @@ def make_dynamic(device, dtype, weights=None):
 
 def make_camera(device, dtype, weights=None, *, arg):
     """How well the camera does as told, by extras/camera.py. arg: smooth, still, zoom in, pan left, ...
-    smooth: minus the rates' mean change from step to step, over their mean size and a tenth, 0 at best;
-    still: minus that size; a move: its mean rate (at most 2), less an eighth of the others' and its change.
-    Of neighbours or of frames four steps apart (or half the clip), whichever is less: shading passes for
-    motion less over four. Rates are by scored frame. Reports them and `seen`."""
+    smooth: -J / (S + 0.1), of the rates' mean change from step to step and their mean size; still: -S; a
+    move: its mean rate, through 2 tanh(rate / 2), less an eighth of the others' sizes and of its change. The
+    lower of two: for neighbouring frames, and for frames four steps (or half the clip) apart, over which
+    shading passes for motion less. Rates are in percent a scored frame. Reports them and `seen`."""
     from extras.camera import camera_rates
 
     names = ["pan right", "pan up", "zoom in", "roll right"]  # the rates; then their opposites

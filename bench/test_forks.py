@@ -100,12 +100,17 @@ def test_a_reward_may_have_any_name_of_letters_and_digits(name, monkeypatch):
         rewards.parse(name + "s")
 
 
-def test_a_reward_whose_gradient_is_nan_is_refused_before_training(quick):
+def test_a_reward_whose_value_or_gradient_is_nan_is_refused_before_training(quick):
     def root_of_zero(frames, prompts):
         return (frames - frames).square().mean((1, 2, 3, 4)).sqrt()
 
+    def not_a_number(frames, prompts):
+        return frames.mean((1, 2, 3, 4)) + float("nan")  # its gradient is finite
+
     with pytest.raises(BadInput, match="root_of_zero: its gradient on noise is not finite"):
         vader.train(quick, reward=root_of_zero)
+    with pytest.raises(BadInput, match="not_a_number: its value on noise is not finite"):
+        vader.train(quick, reward=not_a_number)
     assert not (Path(quick.out) / "metrics.jsonl").exists()
 
 

@@ -166,6 +166,10 @@ def test_a_folder_is_one_runs_and_what_a_kill_left_goes(copied):
     (out / ".tmp-vader-config.json").write_text("{")
     vader.train(replace(copied, steps=3))
     assert not list(out.glob(".tmp-vader-*"))
+    (out / "samples" / ".tmp-vader-000.mp4").write_text("")  # as of a run that is writing
+    with pytest.raises(BadInput, match="is not empty: give another --out"):
+        vader.train(replace(copied, out=str(out.parent)))
+    assert (out / "samples" / ".tmp-vader-000.mp4").exists()
 
 
 def test_a_disk_that_is_full_is_one_line(settings, monkeypatch, capsys):

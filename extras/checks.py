@@ -183,16 +183,16 @@ def try_rewards(run: vader.Run, texts: list[str]):
     train = cfg.mode == "train"
     for name, (_, reward) in run.terms.items():
         require(callable(reward), f"what makes {name!r} returned {reward!r}: it must return the reward")
-    frames, scale = cfg.num_frames, None
+    frames = cfg.num_frames
     if train:
         picks = vader.pick_latent_frames(run, vader.generator_for(0))
-        picked = [n for n in range(cfg.num_frames) if run.model.latent_frame(n) in picks]
-        frames, scale = len(picked), 1.0
+        frames = sum(run.model.latent_frame(n) in picks for n in range(cfg.num_frames))
     first = texts[: cfg.batch_size]
     noise = torch.rand(len(first), frames, 3, cfg.height, cfg.width).to(cfg.device).requires_grad_(train)
-    rewards.weighted_rewards(run.terms, noise, first, cfg.decode_chunk, scale)
+    found = rewards.weighted_rewards(run.terms, noise, first, cfg.decode_chunk, 1.0 if train else None)
     if train:
         require(noise.grad is not None, f"{cfg.reward}: its gradient does not reach the frames")
+        require(found["reward"].isfinite().all(), f"{cfg.reward}: its value on noise is not finite: mend it")
         require(noise.grad.isfinite().all(), f"{cfg.reward}: its gradient on noise is not finite: mend it")
     prompts.warn_of_prompts_cut_by_rewards(run, texts)
     if run.judges:

@@ -41,7 +41,9 @@ def check_out(cfg):
     with as_bad_input(f"--out {out} can't be written: give another"):
         if vader.ranks()[0] == 0:
             with hold_folder(out):
-                for leftover in list(out.rglob(".tmp-vader-*")):
+                is_run = (out / "config.json").exists()  # below another folder somebody may be writing
+                leftovers = out.rglob(".tmp-vader-*") if is_run else out.glob(".tmp-vader-*")
+                for leftover in list(leftovers):
                     if leftover.is_dir():
                         shutil.rmtree(leftover)
                     else:
