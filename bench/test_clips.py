@@ -197,6 +197,7 @@ def test_what_can_not_be_chained_is_one_line(settings, prompts_file, capsys):
     cases = [
         (Config(model="tiny", clips=2, prompts=prompts_file), "starts from no image"),
         (settings(clips=0)[0], "--clips 0: must be from 1 to 100"),
+        (settings(batch_size=2000)[0], "--batch_size 2000: must be from 1 to 1024"),
         (settings(num_frames=8)[0], "must be a multiple of --clips 3"),
         (settings("ltx", num_frames=24)[0], "a clip has 8, must be 1 more than a multiple of 8"),
         (settings(decode_frames=13)[0], "the video has only 12 frames"),

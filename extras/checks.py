@@ -18,9 +18,10 @@ from vader import Config, VideoModel
 
 # Lowest and highest value where that is not 1 to 1e9 (whole numbers) or 0 to 1e9 (others).
 RANGES = dict(seed=(0, 2**62), num_inference_steps=(1, 1000), guidance_scale=(1, 1e3), lr=(1e-12, 1e3))
-RANGES |= dict(fps=(1, 240), eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), max_grad_norm=(1e-12, 1e9))
-RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), lora_alpha=(1e-6, 1e6))
-RANGES |= dict(height=(1, 4096), width=(1, 4096), lora_scale=(-10, 10), shift=(0.1, 100))
+RANGES |= dict(fps=(1, 240), eta=(0, 1), coupling=(0, 1), num_frames=(1, 1024), batch_size=(1, 1024))
+RANGES |= dict(clips=(1, 100), eval_videos=(0, 1e5), lora_rank=(1, 1024), max_grad_norm=(1e-12, 1e9))
+RANGES |= dict(height=(1, 4096), width=(1, 4096), lora_alpha=(1e-6, 1e6), lora_scale=(-10, 10))
+RANGES |= dict(shift=(0.1, 100))
 KINDS = {str: "a text", int: "a number, int", float: "a number", bool: "True or False"}
 LIBRARIES = {"int8": "torchao", "nf4": "bitsandbytes"}  # of --quantize
 
@@ -79,8 +80,7 @@ def check_values(cfg: Config):
             require(value in options, f"--{name} {value}: give one of {', '.join(options)}")
             continue
         require(value != "" or name == "negative_prompt", f"--{name} is empty: give a value, or leave it out")
-        if float in options:
-            options += (int,)
+        options += (int,) if float in options else ()
         right = isinstance(value, options) and (type(value) is not bool or bool in options)
         require(right, f"{name} is {value!r}: give {KINDS[options[0]]}")
         if isinstance(value, str) and name not in ("reward", "negative_prompt"):
