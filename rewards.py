@@ -437,10 +437,10 @@ def make_dynamic(device, dtype, weights=None):
 
 def make_camera(device, dtype, weights=None, *, arg):
     """How well the camera does as told, by extras/camera.py. arg: smooth, still, zoom in, pan left, ...
-    smooth: -J / (S + 0.1), of the rates' mean change from step to step and their mean size; still: -S; a
-    move: its mean rate, through 2 tanh(rate / 2), less an eighth of the others' sizes and of its change. The
-    lower of two: for neighbouring frames, and for frames four steps (or half the clip) apart, over which
-    shading passes for motion less. Rates are in percent a scored frame. Reports them and `seen`."""
+    smooth: -J / (S + 0.1), J the rates' mean change from step to step, S their mean size; still: -S; a move:
+    its mean rate, through 2 tanh(rate / 2), less an eighth of the others' sizes and of its change. The lower
+    of two: for neighbouring frames, and for frames four steps (or half the clip) apart, over which shading
+    passes for motion less. Rates are in percent a scored frame. Reports them and `seen`."""
     from extras.camera import camera_rates
 
     names = ["pan right", "pan up", "zoom in", "roll right"]  # the rates; then their opposites

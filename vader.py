@@ -439,11 +439,11 @@ class Batch(NamedTuple):
     generator: torch.Generator  # for the noise that eta > 0 adds
     picks: list[int]  # latent frames that are scored
     trained: list[int]  # sampling steps that get a gradient
-    scale: float  # of the loss: 1 / (grad_accum * processes), in fp16 times the scaler's
+    loss_scale: float  # 1 / (grad_accum * processes), in fp16 times the scaler's
     clips: list  # with --clips, rollout puts a Batch for each clip here
 
 
-def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trained=(), scale=1.0) -> Batch:
+def make_batch(run: Run, prompts, noise, generator, picks=(), trained=(), loss_scale=1.0) -> Batch:
     """A Batch, with the embeddings of its prompts out of run.conds."""
     cond = default_collate([run.conds[prompt] for prompt in prompts])
     for name, value in cond.items():
@@ -451,7 +451,7 @@ def make_batch(run: Run, prompts: list[Prompt], noise, generator, picks=(), trai
     uncond = dict(cond)  # an image is given to both guidance branches; the text is replaced
     for name, value in run.conds[Prompt(run.cfg.negative_prompt)].items():
         uncond[name] = value.to(run.model.device).expand(len(prompts), *value.shape)
-    return Batch(prompts, noise, cond, uncond, generator, picks, trained, scale, [])
+    return Batch(prompts, noise, cond, uncond, generator, picks, trained, loss_scale, [])
 
 
 def pick_latent_frames(run: Run, generator) -> list[int]:
@@ -508,13 +508,13 @@ def rollout(run: Run, batch: Batch) -> list:
 def score(run: Run, batch: Batch, x):
     """Reward the picked frames of clean latents x and pull the gradient back to x, chunk by chunk.
 
-    x: (B, C, F, H, W) float32. The loss is minus the mean reward, times batch.scale. Returns the rewards'
-    figures {name: (B,)}, and g, the gradient of the loss with respect to x.
+    x: (B, C, F, H, W) float32. The loss is minus the mean reward, times batch.loss_scale. Returns the
+    rewards' figures {name: (B,)}, and g, the gradient of the loss with respect to x.
     """
     texts = [prompt.text for prompt in batch.prompts]
     with torch.no_grad():
         video = run.model.decode(x, batch.picks).requires_grad_()  # (B, N, 3, H, W)
-    scale = -batch.scale / len(x)  # loss = scale * sum of the rewards
+    scale = -batch.loss_scale / len(x)  # loss = scale * sum of the rewards
     figures = rewards.weighted_rewards(run.terms, video, texts, run.cfg.decode_chunk, scale)
     v = video.grad
     del video
@@ -557,13 +557,13 @@ def walk_back(run: Run, batch: Batch, latents, g):
 
 
 # ---- 6. Training -------------------------------------------------------------------------------------------
-def micro_batch(run: Run, prompts, step: int, number: int, scale=1.0):
+def micro_batch(run: Run, prompts, step: int, number: int, loss_scale=1.0):
     """Make a batch of videos and add its gradient to the LoRA's -> the rewards' figures, {name: (B,)}."""
     model = run.model
     generator = generator_for(run.cfg.seed, step, number)
     noise = torch.randn(len(prompts), *model.latent_shape(run.cfg), generator=generator).to(model.device)
     picks = pick_latent_frames(run, generator)
-    batch = make_batch(run, prompts, noise, generator, picks, trained_steps(run), scale)
+    batch = make_batch(run, prompts, noise, generator, picks, trained_steps(run), loss_scale)
     latents = rollout(run, batch)
     figures, g = score(run, batch, latents[-1])
     walk = model.walk_back if run.cfg.clips else walk_back
@@ -587,14 +587,14 @@ def update(run: Run, prompts, step: int, optimizer) -> dict:
         torch.cuda.reset_peak_memory_stats()  # or the peak is that of encoding the prompts
     parameters = list(lora_parameters(run.model).values())
     one = torch.ones((), device=parameters[0].device)  # scale(), unlike get_scale(), also sets the scaler up
-    scale = run.scaler.scale(one).item() / (cfg.grad_accum * world)
+    loss_scale = run.scaler.scale(one).item() / (cfg.grad_accum * world)
     optimizer.zero_grad()
     row = {"step": step + 1, "prompts": []}
     for m in range(cfg.grad_accum):
         number = (step * cfg.grad_accum + m) * world + rank
         chosen = batch_prompts(prompts, cfg, number)
         row["prompts"] += [prompt.text for prompt in chosen]
-        for name, values in micro_batch(run, chosen, step, number, scale).items():
+        for name, values in micro_batch(run, chosen, step, number, loss_scale).items():
             row[name] = row.get(name, 0.0) + values.mean().item() / cfg.grad_accum
     if world > 1:
         gradients = [p.grad for p in parameters]
@@ -676,9 +676,9 @@ def write_video(path: Path, video, fps: float):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(".tmp-vader-" + path.name)
     source = f"-v error -y -f rawvideo -pix_fmt rgb24 -s {width}x{height} -r {fps} -i -"
-    scale = f"-vf scale=iw*{zoom}:ih*{zoom}:flags=neighbor -pix_fmt yuv420p"
+    filters = f"-vf scale=iw*{zoom}:ih*{zoom}:flags=neighbor -pix_fmt yuv420p"
     codec = "-c:v libx264 -preset ultrafast -crf 5"
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *source.split(), *scale.split(), *codec.split(), temporary]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *source.split(), *filters.split(), *codec.split(), temporary]
     ffmpeg = subprocess.run(command, input=pixels.tobytes(), capture_output=True)
     problem = ffmpeg.stderr.decode(errors="replace")
     require(ffmpeg.returncode == 0, f"can't write {path}: is the disk full? ffmpeg says: {problem}")

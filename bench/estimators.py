@@ -51,7 +51,7 @@ def redraw(run, batch, latents, g=None, walk_back=vader.walk_back, found=None):
     last = dataclasses.replace(run, schedule=vader.Schedule(**tables))
     for _ in range(DRAWS):
         x = renoise(run, latents, batch.generator)
-        again = batch._replace(noise=x, trained=[0], scale=batch.scale / DRAWS)
+        again = batch._replace(noise=x, trained=[0], loss_scale=batch.loss_scale / DRAWS)
         redone = vader.rollout(last, again)
         values, g = vader.score(last, again, redone[-1])
         walk_back(last, again, redone, g)

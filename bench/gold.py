@@ -52,7 +52,7 @@ def stay_near(weight: float):
             with torch.no_grad(), run.model.denoiser.disable_adapter():
                 base = run.model.denoise(x, run.schedule.t[i], batch.cond)
             f = run.model.denoise(x, run.schedule.t[i], batch.cond)
-            (batch.scale * weight * (f - base).square().mean()).backward()
+            (batch.loss_scale * weight * (f - base).square().mean()).backward()
 
     return estimator
 

@@ -73,7 +73,7 @@ def test_a_distance_adds_the_gradient_of_a_square(settings):
     x, t = run.schedule.c[i] * latents[i], run.schedule.t[i]
     with torch.no_grad(), lora_scale.at_strength(run.model, 0.0):
         base = run.model.denoise(x, t, batch.cond)
-    loss = 2.0 * batch.scale * ((run.model.denoise(x, t, batch.cond) - base) ** 2).mean()
+    loss = 2.0 * batch.loss_scale * ((run.model.denoise(x, t, batch.cond) - base) ** 2).mean()
     loss.backward()
     torch.testing.assert_close(grads[2] - grads[0], gradients(run), rtol=1e-3, atol=1e-6)
 
